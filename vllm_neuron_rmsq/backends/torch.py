@@ -1,0 +1,39 @@
+"""Backend ``torch``: plain PyTorch, any device. Correct everywhere, fast nowhere in particular."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq import reference
+
+BLOCK_ELEMENTS = 1 << 20
+"""Weight elements converted to bf16 at a time: the copy stays in cache and never grows with the layer."""
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def rms_norm_quant(hidden, weight, static_scale, eps, lower_bound, fp8_max):
+    return reference.compute(hidden, weight, None, static_scale, eps, lower_bound, fp8_max)[0]
+
+
+def add_rms_norm_quant(hidden, residual, weight, static_scale, eps, lower_bound, fp8_max):
+    return reference.compute(hidden, weight, residual, static_scale, eps, lower_bound, fp8_max)
+
+
+def packed_fp8_linear(packed, weight, weight_scale, bias, out_features, out_dtype):
+    """FP8 values are exact in bf16, so this is a bf16 matmul; the scales follow in fp32."""
+    codes, row_scale = fmt.unpack(packed)
+    lead = codes.shape[:-1]
+    x = codes.view(torch.float8_e4m3fn).reshape(-1, codes.shape[-1]).to(torch.bfloat16)
+    out = torch.empty((x.shape[0], out_features), dtype=torch.bfloat16, device=packed.device)
+    step = max(1, BLOCK_ELEMENTS // x.shape[1])
+    for start in range(0, out_features, step):
+        block = weight[start : start + step].view(torch.float8_e4m3fn).to(torch.bfloat16)
+        torch.mm(x, block.t(), out=out[:, start : start + step])
+    result = out.float() * row_scale.reshape(-1, 1) * weight_scale
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(out_dtype).reshape(*lead, out_features)

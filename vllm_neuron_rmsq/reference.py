@@ -1,0 +1,157 @@
+"""The numbers: RMSNorm + FP8 quantization in plain torch, the statement every backend is held to.
+
+Dimensions:
+    H: hidden size
+    ...: rows (tokens), any number of leading dimensions
+
+All arithmetic is fp32; R is the largest code value of the target (240 on trn2, 448 on trn3)::
+
+    x     = hidden [+ residual]
+    y     = x * rsqrt(mean(x²) + eps) * gamma        NO_NORM (weight=None): y = x
+    y     = clip(y, ±lower_bound)                    only when lower_bound > 0
+    scale = max(max|y| / R, 1e-6)
+    code  = to_fp8_nearest_even(clip(y / scale, ±R))
+
+The formula is that of NKI Library's ``rmsnorm_quant_kernel`` (RMSNorm: Zhang & Sennrich 2019,
+arXiv:1910.07467). It says nothing about numbers that do not fit fp32, so this does: a row whose max|y| or
+mean(x²) is not finite (it held NaN or Inf, or overflows) gets zero codes and a NaN scale, and NaN codes
+(0x7F) where quantization is static and there is no scale to carry the news. Its neighbours are untouched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vllm_neuron_rmsq import packed as fmt
+
+
+def rms_norm_quant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    lower_bound: float = 0.0,
+    static_scale: torch.Tensor | float | None = None,
+    target: str | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalize rows, quantize them to FP8 and pack each with its scale.
+
+    Takes the arguments of :func:`vllm_neuron_rmsq.ops.rms_norm_quant`, so that the two can stand in for
+    each other.
+
+    Args:
+        hidden: ``[..., H]``, rank >= 2, bf16, fp16 or fp32.
+        weight: ``[H]`` gamma, floating; ``None`` quantizes without a norm (NO_NORM).
+        eps: added to the mean square, >= 0.
+        residual: like ``hidden``; added in fp32 before the norm.
+        lower_bound: clip normalized values to ±lower_bound; 0 does not clip.
+        static_scale: one given dequantization scale, > 0, a float or an fp32 tensor of one element.
+        target: ``"trn2"`` (the default) or ``"trn3"``.
+        backend: ignored.
+
+    Returns:
+        ``[..., H + 4]`` uint8 packed rows, or ``[..., H]`` uint8 codes when ``static_scale`` is given; with
+        a residual a pair of that and ``residual_out``, ``hidden + residual`` rounded to hidden's dtype.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or range.
+    """
+    check_rms_norm_quant(hidden, weight, eps, residual, lower_bound, static_scale)
+    limit = fmt.fp8_max("trn2" if target is None else target)
+    out, residual_out = compute(hidden, weight, residual, static_scale, eps, lower_bound, limit)
+    return out if residual is None else (out, residual_out)
+
+
+def compute(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    static_scale: torch.Tensor | float | None,
+    eps: float,
+    lower_bound: float,
+    fp8_max: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula itself, on checked arguments; shapes as in :func:`rms_norm_quant`.
+
+    Returns:
+        ``(packed or codes, x rounded to hidden's dtype)``.
+    """
+    x = hidden.float()
+    if residual is not None:
+        x = x + residual.float()
+    if weight is None:
+        y = x
+        finite = torch.ones_like(x[..., :1], dtype=torch.bool)
+    else:
+        mean_square = x.square().mean(dim=-1, keepdim=True)
+        finite = mean_square.isfinite()
+        y = x * torch.rsqrt(mean_square + eps) * weight.float()
+    peak = y.abs().amax(dim=-1, keepdim=True)
+    finite = finite & peak.isfinite()
+    if lower_bound > 0:
+        y = y.clamp(-lower_bound, lower_bound)
+        peak = peak.clamp(max=lower_bound)
+    if static_scale is None:
+        scale = (peak / fp8_max).clamp(min=fmt.SCALE_FLOOR)
+        codes = _to_fp8(y / scale, fp8_max).masked_fill(~finite, 0)
+        out = fmt.pack(codes, scale.masked_fill(~finite, math.nan))
+    else:
+        out = _to_fp8(y / static_scale, fp8_max).masked_fill(~finite, fmt.NAN_CODE)
+    return out, x.to(hidden.dtype)
+
+
+def _to_fp8(values: torch.Tensor, fp8_max: float) -> torch.Tensor:
+    """Round fp32 values, clipped to ±fp8_max, to FP8 codes (uint8), ties to even."""
+    return values.clamp(-fp8_max, fp8_max).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def check_rms_norm_quant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    lower_bound: float,
+    static_scale: torch.Tensor | float | None,
+) -> None:
+    """Raise ValueError, naming argument, expected and got, unless the arguments fit the contract."""
+    if hidden.dim() < 2 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden: expected rank >= 2 and H >= 1, got shape {list(hidden.shape)}")
+    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"hidden: expected dtype torch.bfloat16, torch.float16 or torch.float32, got {hidden.dtype}"
+        )
+    width = hidden.shape[-1]
+    if weight is not None:
+        if weight.dim() != 1 or weight.shape[0] != width:
+            raise ValueError(f"weight: expected shape [{width}] (H of hidden), got {list(weight.shape)}")
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(
+                f"weight: expected dtype torch.bfloat16, torch.float16 or torch.float32, got {weight.dtype}"
+            )
+        if weight.device != hidden.device:
+            raise ValueError(f"weight: expected device {hidden.device} (hidden's), got {weight.device}")
+    if residual is not None:
+        if residual.shape != hidden.shape:
+            raise ValueError(
+                f"residual: expected shape {list(hidden.shape)} (hidden's), got {list(residual.shape)}"
+            )
+        if residual.dtype != hidden.dtype:
+            raise ValueError(f"residual: expected dtype {hidden.dtype} (hidden's), got {residual.dtype}")
+        if residual.device != hidden.device:
+            raise ValueError(f"residual: expected device {hidden.device} (hidden's), got {residual.device}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    if not 0 <= lower_bound < math.inf:
+        raise ValueError(f"lower_bound: expected a finite number >= 0 (0 does not clip), got {lower_bound}")
+    if isinstance(static_scale, torch.Tensor):
+        if static_scale.numel() != 1 or static_scale.dtype != torch.float32:
+            raise ValueError(
+                "static_scale: expected one torch.float32 element, got shape "
+                f"{list(static_scale.shape)} of {static_scale.dtype}"
+            )
+    elif static_scale is not None and not 0 < static_scale < math.inf:
+        raise ValueError(f"static_scale: expected a finite number > 0, got {static_scale}")

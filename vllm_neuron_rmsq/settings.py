@@ -1,0 +1,100 @@
+"""The plugin's settings: environment variables, and the same keys under ``rmsq`` in vLLM's
+``--additional-config``, which win. One frozen object; unknown keys and misspelt values are errors."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm_neuron_rmsq.packed import FP8_MAX
+
+PREFIX = "VLLM_RMSQ_"
+BACKENDS = ("nki", "nki-sim", "cpu", "triton", "torch")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "backend": ("auto", *BACKENDS, "off"),
+    "target": tuple(FP8_MAX),
+    "fuse": ("1", "0"),
+    "strict": ("0", "1"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Attributes:
+        backend: who computes; ``auto`` is the best usable one, ``off`` leaves vLLM as it is.
+        target: code range, ``trn2`` (±240) or ``trn3`` (±448).
+        fuse: put fused RMSNorm+FP8-quant layers where norms are proven to feed only FP8 linears.
+        strict: an unfused decoder norm is a start-up error.
+    """
+
+    backend: str = "auto"
+    target: str = "trn2"
+    fuse: bool = True
+    strict: bool = False
+
+    @classmethod
+    def load(
+        cls, environ: Mapping[str, str] | None = None, additional_config: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """Read the environment, then ``additional_config["rmsq"]`` over it.
+
+        Args:
+            environ: environment variables; ``None`` is ``os.environ``.
+            additional_config: vLLM's ``additional_config``; other plugins' keys in it are ignored.
+
+        Raises:
+            ValueError: an unknown ``VLLM_RMSQ_*`` variable or ``rmsq`` key, or a value that is not valid.
+        """
+        environ = os.environ if environ is None else environ
+        chosen: dict[str, Any] = {}
+        for name, value in environ.items():
+            if name.startswith(PREFIX):
+                key = name.removeprefix(PREFIX).lower()
+                if key not in CHOICES or name != PREFIX + key.upper():
+                    valid = ", ".join(PREFIX + k.upper() for k in CHOICES)
+                    raise ValueError(f"{name}: unknown environment variable; expected one of {valid}")
+                chosen[key] = _parse(name, key, value)
+        config = (additional_config or {}).get("rmsq", {})
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"additional_config['rmsq']: expected a mapping of {', '.join(CHOICES)}; got {config!r}"
+            )
+        for key, value in config.items():
+            name = f"additional_config['rmsq'][{key!r}]"
+            if key not in CHOICES:
+                raise ValueError(f"{name}: unknown setting; expected one of {', '.join(CHOICES)}")
+            chosen[key] = _parse(name, key, value)
+        return cls(**chosen)
+
+
+def _parse(name: str, key: str, value: Any) -> Any:
+    boolean = {f.name: f.type for f in fields(Settings)}[key] == "bool"
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    if text not in CHOICES[key]:
+        raise ValueError(f"{name}: expected one of {', '.join(CHOICES[key])}; got {value!r}")
+    return text == "1" if boolean else text
+
+
+_current: Settings | None = None
+
+
+def current() -> Settings:
+    """Return the settings in force: those installed by :func:`install`, else the environment's."""
+    return _from_environment() if _current is None else _current
+
+
+def install(settings: Settings | None) -> None:
+    """Make ``settings`` the ones in force in this process; ``None`` goes back to the environment."""
+    global _current
+    _current = settings
+    _from_environment.cache_clear()
+
+
+@functools.cache
+def _from_environment() -> Settings:
+    return Settings.load()
