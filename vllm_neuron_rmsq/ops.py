@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_neuron_rmsq import backends, packed as fmt, reference, settings
+from vllm_neuron_rmsq import backends, reference, settings
+from vllm_neuron_rmsq import packed as fmt
 
 NAMESPACE = "neuron_rmsq"
 SCHEMAS = {
