@@ -37,6 +37,9 @@ FP8_MAX = {"trn2": 240.0, "trn3": 448.0}
 NAN_CODE = 0x7F
 """The one byte that is NaN both in float8_e4m3 and in float8_e4m3fn."""
 
+MAX_TRN2_CODE = 0x77
+"""The code of 240, sign bit aside; larger ones are Inf or NaN to Trainium2."""
+
 if sys.byteorder != "little":  # pragma: no cover - no supported platform is big endian
     raise ImportError(
         "vllm_neuron_rmsq.packed: the packed scale is little-endian fp32 and this machine is big endian"
