@@ -11,7 +11,8 @@ it. The functions here check the arguments, choose the backend and call the over
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -214,7 +215,7 @@ def _prepack_fp8_weight_fake(backend):
     return fake
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "rms_norm_quant": _rms_norm_quant_fake,
     "add_rms_norm_quant": _add_rms_norm_quant_fake,
     "packed_fp8_linear": _packed_fp8_linear_fake,

@@ -20,7 +20,8 @@ def rms_norm_quant(hidden, weight, static_scale, eps, lower_bound, fp8_max):
 
 
 def add_rms_norm_quant(hidden, residual, weight, static_scale, eps, lower_bound, fp8_max):
-    return reference.compute(hidden, weight, residual, static_scale, eps, lower_bound, fp8_max)
+    out, residual_out = reference.compute(hidden, weight, residual, static_scale, eps, lower_bound, fp8_max)
+    return out, residual_out.contiguous()
 
 
 def packed_fp8_linear(packed, weight, weight_scale, bias, out_features, out_dtype):
