@@ -29,7 +29,7 @@ from vllm_neuron_rmsq.layers.activation import PACKED_KEY, NormOutputProbe
 from vllm_neuron_rmsq.layers.fp8_linear import PackedFp8LinearKernel
 from vllm_neuron_rmsq.layers.rms_norm_quant import Binding, RMSNormQuant
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 PROBE_TOKENS = 2
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -231,7 +231,7 @@ def _dummy_forward(model: torch.nn.Module, vllm_config: VllmConfig):
     PackedFp8LinearKernel.probing = True
     try:
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             set_forward_context(None, vllm_config, num_tokens=PROBE_TOKENS, skip_compiled=True),
         ):
             return model(
