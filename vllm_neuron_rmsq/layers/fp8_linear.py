@@ -89,7 +89,8 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         out_features, in_features = self.config.weight_shape
         if weight.shape != (in_features, out_features):
             raise ValueError(
-                f"weight: expected shape {[in_features, out_features]} after loading, got {list(weight.shape)}"
+                f"weight: expected shape {[in_features, out_features]} after loading, "
+                f"got {list(weight.shape)}"
             )
         codes = weight.t().contiguous().view(torch.uint8)
         scale = scale.reshape(-1).float()
@@ -99,8 +100,9 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
                 "weight: holds NaN or Inf in its codes or scales; the checkpoint is corrupt or was quantized "
                 "from a corrupt one"
             )
-        layer.rmsq_halved = self.target == "trn2" and largest > fmt.MAX_TRN2_CODE
-        if layer.rmsq_halved:
+        halved = self.target == "trn2" and largest > fmt.MAX_TRN2_CODE
+        layer.rmsq_halved = halved  # type: ignore[assignment]
+        if halved:
             codes, scale = halve(codes, scale)
         prepacked = ops.prepack_fp8_weight(codes, scale, self.backend)
         replace_parameter(layer, weight_name, torch.nn.Parameter(prepacked.data, requires_grad=False))
