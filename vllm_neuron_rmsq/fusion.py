@@ -29,7 +29,7 @@ from vllm_neuron_rmsq.layers.activation import PACKED_KEY, NormOutputProbe
 from vllm_neuron_rmsq.layers.fp8_linear import PackedFp8LinearKernel
 from vllm_neuron_rmsq.layers.rms_norm_quant import Binding, RMSNormQuant
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 PROBE_TOKENS = 2
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -121,7 +121,7 @@ def bind(model: torch.nn.Module, vllm_config: VllmConfig) -> FusionReport | None
         if not entry.reason:
             norm.binding = Binding(report.backend, report.target)
     _log(report)
-    model.rmsq_report = report
+    model.rmsq_report = report  # type: ignore[assignment]
     unfused = [entry for entry in report.norms if entry.decoder and entry.reason]
     if choice.strict and unfused:
         raise RuntimeError(
@@ -231,10 +231,10 @@ def _dummy_forward(model: torch.nn.Module, vllm_config: VllmConfig):
     PackedFp8LinearKernel.probing = True
     try:
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             set_forward_context(None, vllm_config, num_tokens=PROBE_TOKENS, skip_compiled=True),
         ):
-            return model(
+            return model(  # type: ignore[operator]
                 input_ids=torch.zeros(PROBE_TOKENS, dtype=torch.int32, device=device),
                 positions=positions,
                 intermediate_tensors=intermediate,

@@ -12,7 +12,7 @@ it. The functions here check the arguments, choose the backend and call the over
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 
@@ -48,6 +48,34 @@ class PrepackedWeight(NamedTuple):
     out_features: int
     in_features: int
     backend: str
+
+
+@overload
+def rms_norm_quant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float = ...,
+    residual: None = ...,
+    lower_bound: float = ...,
+    static_scale: torch.Tensor | float | None = ...,
+    target: str | None = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def rms_norm_quant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float = ...,
+    residual: torch.Tensor,
+    lower_bound: float = ...,
+    static_scale: torch.Tensor | float | None = ...,
+    target: str | None = ...,
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def rms_norm_quant(

@@ -23,7 +23,7 @@ def register() -> None:
 
     from vllm.logger import init_logger
 
-    logger = init_logger(__name__)
+    logger = init_logger(f"vllm.{__name__}")
     try:
         from vllm_neuron_rmsq.layers.rms_norm_quant import RMSNormQuant
         from vllm_neuron_rmsq.patches import env_variables, linear_kernel_order, model_loader

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -61,25 +62,25 @@ class NormOutputProbe(torch.Tensor):
     :meth:`open`, which is passed to ``on_open`` instead.
     """
 
-    real: torch.Tensor
+    output: torch.Tensor
     on_read: Callable[[str], None]
     on_open: Callable[[torch.nn.Module], None]
 
     @staticmethod
-    def __new__(cls, real: torch.Tensor, on_read: Callable, on_open: Callable) -> NormOutputProbe:
+    def __new__(cls, output: torch.Tensor, on_read: Callable, on_open: Callable) -> Self:
         probe = torch.Tensor._make_wrapper_subclass(
-            cls, real.shape, strides=real.stride(), dtype=real.dtype, device=real.device
+            cls, output.shape, strides=output.stride(), dtype=output.dtype, device=output.device
         )
-        probe.real, probe.on_read, probe.on_open = real, on_read, on_open
+        probe.output, probe.on_read, probe.on_open = output, on_read, on_open
         return probe
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         def unwrap(probe):
             probe.on_read(str(func))
-            return probe.real
+            return probe.output
 
         args, kwargs = tree_map_only(cls, unwrap, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -87,7 +88,7 @@ class NormOutputProbe(torch.Tensor):
     def open(self, linear: torch.nn.Module) -> torch.Tensor:
         """Report that ``linear`` reads the output, and return it."""
         self.on_open(linear)
-        return self.real
+        return self.output
 
-    def __repr__(self) -> str:  # the default reads the data
+    def __repr__(self) -> str:  # type: ignore[override]  # the default reads the data
         return f"NormOutputProbe(shape={list(self.shape)}, dtype={self.dtype})"
