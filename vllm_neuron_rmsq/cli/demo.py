@@ -57,7 +57,8 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
+                # The report is fetched by a function sent to vLLM's worker process.
+                env=os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | environment,
             )
 
     def ask(self, **command: Any) -> Any:
@@ -78,8 +79,14 @@ class Side:
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+        """End the process, which ends vLLM's own processes when its input ends."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 @contextlib.contextmanager
