@@ -30,3 +30,8 @@ def unavailable() -> str | None:
 def set_isa(name: str) -> None:
     if _load().rmsq_set_isa(name.encode()):
         raise ValueError(name)
+
+
+def prepacked_shape(n: int, h: int) -> tuple[int, int, int]:
+    """Blocks of 32 outputs, pairs along H, bytes of a pair: the layout of ``kernels/cpu/packed_fp8_matmul.h``."""
+    return -(-n // 32), -(-h // 2), 64
