@@ -1,10 +1,10 @@
 // Packed FP8 rows times an FP8 weight at one instruction-set level; the contract is in the header.
 //
-// A block of 32 outputs goes through three steps, of which only the tile differs between levels:
-//     stage   the weight as the tile reads it. With AVX-512 BF16 these are the codes themselves, and the tile converts
-//             them in registers, beside the multiplications and at no cost in time. Elsewhere a conversion takes about
-//             as long as ten rows' work, so a chunk is expanded to fp32 in L1 and serves all rows.
-//     tile    up to kTileRows rows by 32 outputs, sums in registers
+// A block of 32 outputs goes through three steps, of which the first two differ between levels:
+//     stage   the weight as the tile reads it. With AVX-512 BF16 these are the codes themselves: the tile converts them
+//             in registers, on ports that the multiplications leave idle. Elsewhere a conversion costs as much as
+//             several rows, so a chunk is converted to bf16 in L1 and serves all rows.
+//     tile    up to kTileRows rows by the block's outputs, sums in registers
 //     finish  scales, bias, rounding
 #include "packed_fp8_matmul.h"
 
@@ -31,6 +31,18 @@ constexpr int64_t kPrefetchBytes = 4096;
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 
 // An activation unit is a pair of bf16.
@@ -39,7 +51,6 @@ using Staged = uint8_t;
 constexpr int64_t kUnitsPerPair = 1;
 constexpr int64_t kTileRows = 12;
 constexpr int64_t kChunkPairs = 4096;
-constexpr int64_t kStagedPerPair = kPairBytes;
 constexpr int64_t kStageBuffer = 0;
 
 // The low and the high byte of each FP8 magnitude in bf16. All are normal numbers, zero or NaN: vdpbf16ps takes
@@ -129,13 +140,12 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
 
 #else
 
-// An activation unit is one fp32.
+// An activation unit is one fp32, a staged weight a pair of bf16.
 using Unit = float;
-using Staged = float;
+using Staged = uint32_t;
 constexpr int64_t kUnitsPerPair = 2;
 constexpr int64_t kChunkPairs = 64;
-constexpr int64_t kStagedPerPair = 2 * kBlockOutputs;
-constexpr int64_t kStageBuffer = kChunkPairs * kStagedPerPair;
+constexpr int64_t kStageBuffer = kChunkPairs * kBlockOutputs;
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -149,9 +159,7 @@ constexpr int64_t kTileRows = 6;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 template <class Vector>
 Vector load(const void* from) {
@@ -172,62 +180,110 @@ Floats multiply_add(Floats a, Floats b, Floats sum) {
 #endif
 }
 
-// The values of FP8 codes.
-Floats decode(Ints codes) {
-    const Ints magnitude = codes & 0x7f;
-    const Floats normal = (Floats)((magnitude << 20) + (120 << 23));
-    // Read as a normal number a subnormal is (1 + f/8) * 2^-7; it means f/8 * 2^-6.
-    const Floats subnormal = normal + normal - 0x1p-6f;
-    const Ints is_subnormal = magnitude < 8;
-    const Ints value = (is_subnormal & (Ints)subnormal) | (~is_subnormal & (Ints)normal);
-    const Ints nan = (magnitude == 0x7f) & 0x7fc00000;
-    return (Floats)(value | nan | (codes & 0x80) << 24);
+#if defined(__AVX2__)
+
+// bf16 of the magnitudes below 16, subnormals among them: their low and their high bytes. The bf16 of a larger one is
+// its bits moved left by 4, plus 120 in the exponent.
+alignas(16) constexpr uint8_t kSmallLow[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60,
+                                               0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0};
+alignas(16) constexpr uint8_t kSmallHigh[16] = {0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c,
+                                                0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c};
+
+#endif
+
+// bf16 of 64 codes, in their order.
+void to_bf16(const uint8_t* codes, uint16_t* bf16) {
+#if defined(__AVX512F__)
+    const __m512i small_low = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kSmallLow));
+    const __m512i small_high = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kSmallHigh));
+    // Unpacking works on each 16 bytes by itself: put beforehand in one what is to end up in one.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(codes));
+    const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi8(0x7f));
+    const __mmask64 small = _mm512_cmplt_epi8_mask(magnitude, _mm512_set1_epi8(16));
+    const __mmask64 nan = _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f));
+    __m512i low = _mm512_and_si512(_mm512_slli_epi16(code, 4), _mm512_set1_epi8(-16));
+    low = _mm512_mask_shuffle_epi8(low, small, small_low, magnitude);
+    __m512i high = _mm512_and_si512(_mm512_srli_epi16(magnitude, 4), _mm512_set1_epi8(7));
+    high = _mm512_add_epi8(high, _mm512_set1_epi8(0x3c));
+    high = _mm512_mask_shuffle_epi8(high, small, small_high, magnitude);
+    high = _mm512_mask_mov_epi8(high, nan, magnitude);
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xf8);  // high | code & 0x80
+    _mm512_storeu_si512(bf16, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(bf16 + 32, _mm512_unpackhi_epi8(low, high));
+#elif defined(__AVX2__)
+    const __m256i small_low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kSmallLow));
+    const __m256i small_high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kSmallHigh));
+    for (int i = 0; i < 64; i += 32) {
+        const __m256i code = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)(codes + i)), 0xd8);
+        const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi8(0x7f));
+        const __m256i small = _mm256_cmpgt_epi8(_mm256_set1_epi8(16), magnitude);
+        const __m256i nan = _mm256_cmpeq_epi8(magnitude, _mm256_set1_epi8(0x7f));
+        __m256i low = _mm256_and_si256(_mm256_slli_epi16(code, 4), _mm256_set1_epi8(-16));
+        low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(small_low, magnitude), small);
+        __m256i high = _mm256_and_si256(_mm256_srli_epi16(magnitude, 4), _mm256_set1_epi8(7));
+        high = _mm256_add_epi8(high, _mm256_set1_epi8(0x3c));
+        high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(small_high, magnitude), small);
+        high = _mm256_or_si256(_mm256_or_si256(high, nan), _mm256_and_si256(code, _mm256_set1_epi8(-128)));
+        _mm256_storeu_si256((__m256i*)(bf16 + i), _mm256_unpacklo_epi8(low, high));
+        _mm256_storeu_si256((__m256i*)(bf16 + i + 16), _mm256_unpackhi_epi8(low, high));
+    }
+#else
+    for (int i = 0; i < 64; ++i) {
+        const uint32_t magnitude = codes[i] & 0x7f;
+        const float normal = as_float((magnitude << 20) + (120u << 23));
+        // Read as a normal number a subnormal is (1 + f/8) * 2^-7; it means f/8 * 2^-6.
+        const float subnormal = normal + normal - 0x1p-6f;
+        const uint32_t bits = as_bits(magnitude < 8 ? subnormal : normal);
+        bf16[i] = (magnitude == 0x7f ? 0x7fc0 : bits >> 16) | (codes[i] & 0x80) << 8;
+    }
+#endif
 }
 
 void expand_row(const uint8_t* codes, int64_t hidden, Unit* units) {
-    for (int64_t h = 0; h < hidden; h += kLanes) {
-        uint8_t some[kLanes] = {};
-        memcpy(some, codes + h, smaller(kLanes, hidden - h));
-        const Floats values = decode(__builtin_convertvector(load<Bytes>(some), Ints));
-        memcpy(units + h, &values, sizeof values);
+    for (int64_t h = 0; h < hidden; h += 64) {
+        uint8_t some[64] = {};
+        memcpy(some, codes + h, smaller(64, hidden - h));
+        uint16_t bf16[64];
+        to_bf16(some, bf16);
+        for (int i = 0; i < 64; ++i) units[h + i] = as_float((uint32_t)bf16[i] << 16);
     }
 }
 
 const Staged* stage(const uint8_t* codes, int64_t pairs, Staged* buffer) {
-    Staged* next = buffer;
-    for (int64_t p = 0; p < pairs; ++p, codes += kPairBytes, next += kStagedPerPair) {
-        __builtin_prefetch(codes + kPrefetchBytes);
-        for (int64_t n = 0; n < kBlockOutputs; n += kLanes) {
-            const Ints both = __builtin_convertvector(load<Shorts>(codes + 2 * n), Ints);
-            const Floats first = decode(both & 0xff), second = decode(both >> 8);
-            memcpy(next + n, &first, sizeof first);
-            memcpy(next + kBlockOutputs + n, &second, sizeof second);
-        }
+    for (int64_t p = 0; p < pairs; ++p) {
+        __builtin_prefetch(codes + p * kPairBytes + kPrefetchBytes);
+        to_bf16(codes + p * kPairBytes, (uint16_t*)(buffer + p * kBlockOutputs));
     }
     return buffer;
 }
 
 template <int kRows>
 void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums) {
-    for (int64_t n = 0; n < kBlockOutputs; n += 2 * kLanes) {
-        Floats sum[kRows][2];
-        for (int r = 0; r < kRows; ++r) {
-            sum[r][0] = load<Floats>(sums + r * kBlockOutputs + n);
-            sum[r][1] = load<Floats>(sums + r * kBlockOutputs + n + kLanes);
-        }
-        for (int64_t h = 0; h < 2 * pairs; ++h) {
-            const Floats first = load<Floats>(weight + h * kBlockOutputs + n);
-            const Floats second = load<Floats>(weight + h * kBlockOutputs + n + kLanes);
+    // Enough sums to keep the multipliers busy, few enough to stay in registers.
+    constexpr int kVectors = kRows > 3 || kLanes == 16 ? 2 : 4;
+    for (int64_t n = 0; n < kBlockOutputs; n += kVectors * kLanes) {
+        Floats sum[kRows][kVectors];
+        for (int r = 0; r < kRows; ++r) memcpy(sum[r], sums + r * kBlockOutputs + n, sizeof sum[r]);
+        for (int64_t p = 0; p < pairs; ++p) {
+            Floats even[kVectors], odd[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                const Words both = load<Words>(weight + p * kBlockOutputs + n + v * kLanes);
+                even[v] = (Floats)(both << 16);
+                odd[v] = (Floats)(both & 0xffff0000);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r) {
-                const Floats value = units[r * stride + h] - Floats{};
-                sum[r][0] = multiply_add(value, first, sum[r][0]);
-                sum[r][1] = multiply_add(value, second, sum[r][1]);
+                const Floats unit = units[r * stride + 2 * p] - Floats{};
+                for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(unit, even[v], sum[r][v]);
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+                const Floats unit = units[r * stride + 2 * p + 1] - Floats{};
+                for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(unit, odd[v], sum[r][v]);
             }
         }
-        for (int r = 0; r < kRows; ++r) {
-            memcpy(sums + r * kBlockOutputs + n, sum[r], sizeof sum[r]);
-        }
+        for (int r = 0; r < kRows; ++r) memcpy(sums + r * kBlockOutputs + n, sum[r], sizeof sum[r]);
     }
 }
 
@@ -244,42 +300,30 @@ void tile_of(int64_t rows, const Staged* weight, int64_t pairs, const Unit* unit
     tile<kRows>(weight, pairs, units, stride, sums);
 }
 
-float to_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-uint32_t to_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
 // The rounding functions have no branches, so that loops over them become vector code.
 
-uint16_t to_bf16(float value) {
-    const uint32_t bits = to_bits(value);
+uint16_t round_to_bf16(float value) {
+    const uint32_t bits = as_bits(value);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
 }
 
-uint16_t to_fp16(float value) {
-    const uint32_t bits = to_bits(value), magnitude = bits & 0x7fffffff;
+uint16_t round_to_fp16(float value) {
+    const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffff;
     const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
     // Adding 0.5 rounds at fp16's last subnormal place, 2^-24.
-    const uint32_t subnormal = to_bits(to_float(magnitude) + 0.5f) - to_bits(0.5f);
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
     uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
     half = magnitude >= 0x477ff000 ? 0x7c00 : half;  // 65520, halfway to what would be the next number
     half = magnitude > 0x7f800000 ? 0x7e00 : half;
     return half | (bits >> 16 & 0x8000);
 }
 
-float from_fp16(uint16_t half) {
+float widen_fp16(uint16_t half) {
     const uint32_t magnitude = half & 0x7fff, sign = (half & 0x8000u) << 16;
     // Scaled by 2^112 the bits of a finite fp16 are an fp32, subnormals included: exact.
-    const uint32_t finite = to_bits(to_float(magnitude << 13) * 0x1p112f);
-    return to_float(sign | (magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : finite));
+    const uint32_t finite = as_bits(as_float(magnitude << 13) * 0x1p112f);
+    return as_float(sign | (magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : finite));
 }
 
 void load_floats(const void* from, FloatType type, int64_t start, int64_t count, float* to) {
@@ -289,7 +333,7 @@ void load_floats(const void* from, FloatType type, int64_t start, int64_t count,
     }
     const uint16_t* halves = static_cast<const uint16_t*>(from) + start;
     for (int64_t n = 0; n < count; ++n) {
-        to[n] = type == FloatType::bf16 ? to_float(uint32_t{halves[n]} << 16) : from_fp16(halves[n]);
+        to[n] = type == FloatType::bf16 ? as_float(uint32_t{halves[n]} << 16) : widen_fp16(halves[n]);
     }
 }
 
@@ -310,9 +354,9 @@ void finish(const PackedMatmul& matmul, const float* sums, int64_t row, const fl
     }
     uint16_t halves[kBlockOutputs];
     if (matmul.out_type == FloatType::bf16) {
-        for (int n = 0; n < kBlockOutputs; ++n) halves[n] = to_bf16(values[n]);
+        for (int n = 0; n < kBlockOutputs; ++n) halves[n] = round_to_bf16(values[n]);
     } else {
-        for (int n = 0; n < kBlockOutputs; ++n) halves[n] = to_fp16(values[n]);
+        for (int n = 0; n < kBlockOutputs; ++n) halves[n] = round_to_fp16(values[n]);
     }
     memcpy(static_cast<uint16_t*>(matmul.out) + at, halves, count * sizeof *halves);
 }
@@ -326,7 +370,6 @@ void rmsq::RMSQ_ISA::expand_activations(const PackedMatmul& matmul, int64_t firs
     const int64_t stride = unit_stride(matmul.hidden);
     for (int64_t row = first; row < last; ++row) {
         expand_row(matmul.packed + row * matmul.row_stride, matmul.hidden, units + row * stride);
-        if (kUnitsPerPair == 2 && matmul.hidden % 2) units[row * stride + matmul.hidden] = 0;
     }
 }
 

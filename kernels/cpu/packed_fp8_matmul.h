@@ -17,9 +17,6 @@ namespace rmsq {
 
 constexpr int64_t kBlockOutputs = 32;
 
-// The activations are converted kRowsAtOnce rows at a time; this bounds the scratch memory.
-constexpr int64_t kRowsAtOnce = 240;
-
 // One thread takes at most this many rows of a block at a time.
 constexpr int64_t kGroupRows = 60;
 
@@ -28,7 +25,7 @@ enum class FloatType { fp32, bf16, fp16 };
 struct PackedMatmul {
     const uint8_t* packed;  // [T, H + 4]: codes, then the row's scale; rows row_stride bytes apart, any alignment
     int64_t row_stride;
-    int64_t rows;           // T, 1 to kRowsAtOnce
+    int64_t rows;           // T
     int64_t hidden;         // H
     const uint8_t* weight;  // prepacked
     int64_t outputs;        // N

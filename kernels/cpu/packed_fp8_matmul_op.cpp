@@ -20,8 +20,13 @@ using rmsq::Tensor;
 
 constexpr int64_t kScaleBytes = 4;
 
-// Work that is worth a thread, in multiply-accumulates: a few microseconds.
-constexpr int64_t kThreadWork = 1 << 18;
+// Bound of the scratch memory (or one row, where that is more): rows beyond it are left for another pass over the weight.
+constexpr int64_t kScratchBytes = 8 << 20;
+
+// Work that is worth a thread: a few microseconds of multiply-accumulates; of codes to convert, a share of a call
+// long enough not to feel one more start of the threads.
+constexpr int64_t kThreadProducts = 1 << 18;
+constexpr int64_t kThreadCodes = 1 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -139,25 +144,25 @@ Tensor packed_fp8_linear(
     matmul.blocks = blocks;
     matmul.pairs = pairs;
     const int64_t row_bytes = RMSQ_KERNEL(activation_row_bytes)(hidden);
+    const int64_t passes = ceil_div(total, std::max<int64_t>(1, kScratchBytes / row_bytes));
     const std::unique_ptr<void, decltype(&std::free)> scratch(
-        std::aligned_alloc(64, std::min(total, rmsq::kRowsAtOnce) * row_bytes), &std::free);
+        std::aligned_alloc(64, ceil_div(total, passes) * row_bytes), &std::free);
     if (!scratch) throw std::bad_alloc();
     matmul.activations = scratch.get();
 
     const auto expand = RMSQ_KERNEL(expand_activations);
     const auto multiply = RMSQ_KERNEL(multiply_packed);
-    const int64_t passes = ceil_div(total, rmsq::kRowsAtOnce);
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t row = total * pass / passes;
         matmul.rows = total * (pass + 1) / passes - row;
         matmul.groups = ceil_div(matmul.rows, rmsq::kGroupRows);
         matmul.packed = static_cast<const uint8_t*>(packed.data_ptr()) + row * *stride;
         matmul.out = static_cast<char*>(out.data_ptr()) + row * outputs * out.element_size();
-        rmsq::parallel_for(0, matmul.rows, ceil_div(kThreadWork, hidden), [&](int64_t first, int64_t last) {
+        rmsq::parallel_for(0, matmul.rows, ceil_div(kThreadCodes, hidden), [&](int64_t first, int64_t last) {
             expand(matmul, first, last);
         });
-        const int64_t item_work = ceil_div(matmul.rows, matmul.groups) * pairs * 2 * kBlockOutputs;
-        rmsq::parallel_for(0, blocks * matmul.groups, ceil_div(kThreadWork, item_work), [&](int64_t first, int64_t last) {
+        const int64_t item_products = ceil_div(matmul.rows, matmul.groups) * pairs * 2 * kBlockOutputs;
+        rmsq::parallel_for(0, blocks * matmul.groups, ceil_div(kThreadProducts, item_products), [&](int64_t first, int64_t last) {
             multiply(matmul, first, last);
         });
     }
