@@ -40,12 +40,14 @@ inline uint32_t as_bits(float value) {
 }
 
 // Rounding an fp32 q, |q| <= 448, to an FP8 code (bias 7, 3 mantissa bits), to nearest even. Let 2^e be q's
-// power of two, but at least 2^-6, the smallest normal number. Adding 2^(e+20) to |q| leaves it a mantissa
-// whose unit is 2^(e-3), that of the code: the addition rounds, and its low bits are the code's mantissa with
-// the hidden bit. e in those terms is code 8 * (e + 6); 56 in the addend's mantissa makes up for the bias.
+// power of two, but at least 2^-6, the smallest normal number. Adding 2^e * 2^20 to |q| leaves it a mantissa
+// whose unit is 2^(e-3), that of the code: the addition rounds, and the low bits of the sum are the code's
+// mantissa with its leading one. The sum's own exponent, 8 * (e + 147) in a code's terms, should count as
+// 8 * (e + 6): 19 * 2^e, that is 152 units more, make the two agree modulo 256. So the code's magnitude is the low
+// byte of sum + (sum >> 20). (2^e times kAddend is exact, hence the same with and without a fused multiply-add.)
 constexpr uint32_t kExponent = 0x7f800000;
 constexpr uint32_t kSmallestExponent = 121u << 23;
-constexpr uint32_t kAddend = (20u << 23) + 56;
+constexpr float kAddend = 0x1p20f + 19;
 
 #if defined(__AVX512F__)
 
@@ -83,6 +85,24 @@ inline void store(double* p, Totals totals) {
 
 struct Pair { Lanes a, b; };
 
+#if defined(__AVX512VBMI__)
+// For store_codes: where its byte permutations find each element's fields. Two neighbouring lanes' fields are the
+// bytes 0 and 1 (first kind), 2 and 3, 4 and 5 of an 8-byte group; bytes 64 and up are those of the pair's b.
+struct Bytes { uint8_t at[64]; };
+template <Dtype D> constexpr Bytes field_bytes(int low_kind, int high_kind) {
+    Bytes bytes{};
+    for (int i = 0; i < 32; ++i) {
+        const int lane = D == Dtype::bf16 ? i / 2 : i % 16, in_b = D == Dtype::bf16 ? i % 2 : i / 16;
+        const int first = in_b * 64 + lane / 2 * 8 + lane % 2;
+        bytes.at[i] = static_cast<uint8_t>(first + 2 * low_kind);
+        bytes.at[32 + i] = static_cast<uint8_t>(first + 2 * high_kind);
+    }
+    return bytes;
+}
+template <Dtype D> constexpr Bytes kAddendBytes = field_bytes<D>(0, 1);
+template <Dtype D> constexpr Bytes kSignBytes = field_bytes<D>(2, 2);
+#endif
+
 template <Dtype D> inline Pair load_pair(const void* p) {
     if constexpr (D == Dtype::bf16) {
         const __m512i words = _mm512_loadu_si512(p);
@@ -97,19 +117,16 @@ template <Dtype D> inline Pair load_pair(const void* p) {
     }
 }
 
-// Round to nearest even; finite values only.
-inline __m512i round_to_bf16(Lanes x) {
-    const __m512i bits = _mm512_castps_si512(x.v);
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    const __m512i even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    return _mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000));
-}
-
 template <Dtype D> inline void store_pair(void* p, Pair x) {
     if constexpr (D == Dtype::bf16) {
-        const __m512i a = _mm512_srli_epi32(round_to_bf16(x.a), 16);
-        const __m512i mask = _mm512_set1_epi32(0xffff0000);
-        _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(mask, round_to_bf16(x.b), a, 0xca));
+        // To nearest even; finite values only. The cut-off half rounds up when above 0x8000, or equal to it and
+        // the kept half odd.
+        const __m512i a = _mm512_castps_si512(x.a.v), b = _mm512_castps_si512(x.b.v);
+        const __m512i kept = _mm512_mask_mov_epi16(_mm512_srli_epi32(a, 16), 0xaaaaaaaa, b);
+        const __m512i cut = _mm512_mask_mov_epi16(a, 0xaaaaaaaa, _mm512_slli_epi32(b, 16));
+        const __m512i sticky = _mm512_ternarylogic_epi32(cut, kept, _mm512_set1_epi16(1), 0xf8);  // cut | kept & 1
+        const __mmask32 up = _mm512_cmpgt_epu16_mask(sticky, _mm512_set1_epi16(-0x8000));
+        _mm512_storeu_si512(p, _mm512_mask_add_epi16(kept, up, kept, _mm512_set1_epi16(1)));
     } else if constexpr (D == Dtype::fp16) {
         __m256i* halves = static_cast<__m256i*>(p);
         _mm256_storeu_si256(halves, _mm512_cvtps_ph(x.a.v, _MM_FROUND_TO_NEAREST_INT));
@@ -120,25 +137,41 @@ template <Dtype D> inline void store_pair(void* p, Pair x) {
     }
 }
 
-inline __m512i to_codes(Lanes q) {
-    const __m512i bits = _mm512_castps_si512(q.v);
-    const __m512i exponent = _mm512_max_epu32(
-        _mm512_and_si512(bits, _mm512_set1_epi32(kExponent)), _mm512_set1_epi32(kSmallestExponent));
-    const __m512 addend = _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(kAddend)));
-    const __m512i sum = _mm512_castps_si512(_mm512_add_ps(_mm512_abs_ps(q.v), addend));
-    const __m512i magnitude = _mm512_add_epi32(sum, _mm512_srli_epi32(exponent, 20));
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x7f), magnitude, _mm512_srli_epi32(bits, 24), 0xca);
+// The sum that rounds q to a code, with q's sign.
+inline __m512i code_sum(Lanes q) {
+    const __m512 sign_and_exponent = _mm512_and_ps(q.v, _mm512_castsi512_ps(_mm512_set1_epi32(0xff800000)));
+    const __m512 power = _mm512_range_ps(sign_and_exponent, _mm512_set1_ps(0x1p-6f), 3);  // larger one, first's sign
+    return _mm512_castps_si512(_mm512_fmadd_ps(power, _mm512_set1_ps(kAddend), q.v));
 }
 
 template <Dtype D> inline void store_codes(uint8_t* p, Pair q) {
-    const __m512i a = to_codes(q.a), b = to_codes(q.b);
+    const __m512i a = code_sum(q.a), b = code_sum(q.b);
+#if defined(__AVX512VBMI__)
+    // Of each sum its bytes from bits 0, 20 and 24 on, for two neighbours together; then all of the first kind (low
+    // half) and second kind (high half) in the order of the elements, and all of the third.
+    const __m512i bits = _mm512_set1_epi64(0x0000381834142000);
+    const __m512i fields_a = _mm512_multishift_epi64_epi8(bits, a), fields_b = _mm512_multishift_epi64_epi8(bits, b);
+    const __m512i addends = _mm512_permutex2var_epi8(fields_a, _mm512_loadu_si512(kAddendBytes<D>.at), fields_b);
+    const __m512i signs = _mm512_permutex2var_epi8(fields_a, _mm512_loadu_si512(kSignBytes<D>.at), fields_b);
+    const __m256i magnitude =
+        _mm256_add_epi8(_mm512_castsi512_si256(addends), _mm512_extracti64x4_epi64(addends, 1));
+    const __m256i codes =
+        _mm256_ternarylogic_epi32(_mm256_set1_epi8(0x7f), magnitude, _mm512_castsi512_si256(signs), 0xca);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes);
+#else
+    const __m512i magnitude_a = _mm512_add_epi32(a, _mm512_srli_epi32(a, 20));
+    const __m512i magnitude_b = _mm512_add_epi32(b, _mm512_srli_epi32(b, 20));
+    const __m512i mask = _mm512_set1_epi32(0x7f);
+    const __m512i codes_a = _mm512_ternarylogic_epi32(mask, magnitude_a, _mm512_srli_epi32(a, 24), 0xca);
+    const __m512i codes_b = _mm512_ternarylogic_epi32(mask, magnitude_b, _mm512_srli_epi32(b, 24), 0xca);
     if constexpr (D == Dtype::bf16) {
-        const __m512i words = _mm512_or_si512(a, _mm512_slli_epi32(b, 8));
+        const __m512i words = _mm512_or_si512(codes_a, _mm512_slli_epi32(codes_b, 8));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
     } else {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm512_cvtepi32_epi8(b));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes_a));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm512_cvtepi32_epi8(codes_b));
     }
+#endif
 }
 
 #elif defined(__AVX2__)
@@ -237,12 +270,12 @@ template <Dtype D> inline void store_pair(void* p, Pair x) {
 
 inline __m256i to_codes(__m256 q) {
     const __m256i bits = _mm256_castps_si256(q);
-    const __m256i exponent = _mm256_max_epu32(
+    const __m256i power = _mm256_max_epu32(
         _mm256_and_si256(bits, _mm256_set1_epi32(kExponent)), _mm256_set1_epi32(kSmallestExponent));
-    const __m256 addend = _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(kAddend)));
     const __m256 absolute = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
-    const __m256i sum = _mm256_castps_si256(_mm256_add_ps(absolute, addend));
-    const __m256i magnitude = _mm256_add_epi32(sum, _mm256_srli_epi32(exponent, 20));
+    const __m256i sum =
+        _mm256_castps_si256(_mm256_fmadd_ps(_mm256_castsi256_ps(power), _mm256_set1_ps(kAddend), absolute));
+    const __m256i magnitude = _mm256_add_epi32(sum, _mm256_srli_epi32(sum, 20));
     const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
     return _mm256_or_si256(_mm256_and_si256(magnitude, _mm256_set1_epi32(0x7f)), sign);
 }
@@ -364,10 +397,10 @@ template <Dtype D> inline void store_pair(void* p, Pair x) {
 }
 
 inline uint8_t to_code(float q) {
-    const uint32_t bits = as_bits(q);
-    const uint32_t own = bits & kExponent, exponent = own > kSmallestExponent ? own : kSmallestExponent;
-    const uint32_t sum = as_bits(as_float(bits & 0x7fffffff) + as_float(exponent + kAddend));
-    return static_cast<uint8_t>(((sum + (exponent >> 20)) & 0x7f) | (bits >> 24 & 0x80));
+    const uint32_t bits = as_bits(q), exponent = bits & kExponent;
+    const float power = as_float(exponent > kSmallestExponent ? exponent : kSmallestExponent);
+    const uint32_t sum = as_bits(power * kAddend + as_float(bits & 0x7fffffff));
+    return static_cast<uint8_t>(((sum + (sum >> 20)) & 0x7f) | (bits >> 24 & 0x80));
 }
 
 template <Dtype D> inline void store_codes(uint8_t* p, Pair q) {
