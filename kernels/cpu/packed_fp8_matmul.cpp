@@ -23,7 +23,7 @@ using rmsq::kBlockOutputs;
 using rmsq::kGroupRows;
 using rmsq::PackedMatmul;
 
-constexpr int64_t kPairBytes = 2 * kBlockOutputs;  // of codes, in a block
+constexpr int64_t kPairCodes = 2 * kBlockOutputs;  // of a pair, in a block
 
 // How far ahead of its use the weight is asked for: far enough for memory, near enough to be there still.
 constexpr int64_t kPrefetchBytes = 4096;
@@ -119,7 +119,7 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
         sum[r][1] = _mm512_permutex2var_ps(first, odd, second);
     }
     const Converter converter;
-    for (int64_t p = 0; p < pairs; ++p, weight += kPairBytes) {
+    for (int64_t p = 0; p < pairs; ++p, weight += kPairCodes) {
         _mm_prefetch(reinterpret_cast<const char*>(weight) + kPrefetchBytes, _MM_HINT_T0);
         __m512i first, second;
         converter.convert(_mm512_loadu_si512(weight), first, second);
@@ -140,12 +140,12 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
 
 #else
 
-// An activation unit is one fp32, a staged weight a pair of bf16.
+// An activation unit is one fp32; the staged weight is bf16, in the order of the codes.
 using Unit = float;
-using Staged = uint32_t;
+using Staged = uint16_t;
 constexpr int64_t kUnitsPerPair = 2;
 constexpr int64_t kChunkPairs = 64;
-constexpr int64_t kStageBuffer = kChunkPairs * kBlockOutputs;
+constexpr int64_t kStageBuffer = kChunkPairs * kPairCodes;
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -252,8 +252,8 @@ void expand_row(const uint8_t* codes, int64_t hidden, Unit* units) {
 
 const Staged* stage(const uint8_t* codes, int64_t pairs, Staged* buffer) {
     for (int64_t p = 0; p < pairs; ++p) {
-        __builtin_prefetch(codes + p * kPairBytes + kPrefetchBytes);
-        to_bf16(codes + p * kPairBytes, (uint16_t*)(buffer + p * kBlockOutputs));
+        __builtin_prefetch(codes + p * kPairCodes + kPrefetchBytes);
+        to_bf16(codes + p * kPairCodes, buffer + p * kPairCodes);
     }
     return buffer;
 }
@@ -268,7 +268,7 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
         for (int64_t p = 0; p < pairs; ++p) {
             Floats even[kVectors], odd[kVectors];
             for (int v = 0; v < kVectors; ++v) {
-                const Words both = load<Words>(weight + p * kBlockOutputs + n + v * kLanes);
+                const Words both = load<Words>(weight + p * kPairCodes + 2 * (n + v * kLanes));
                 even[v] = (Floats)(both << 16);
                 odd[v] = (Floats)(both & 0xffff0000);
             }
@@ -320,10 +320,12 @@ uint16_t round_to_fp16(float value) {
 }
 
 float widen_fp16(uint16_t half) {
-    const uint32_t magnitude = half & 0x7fff, sign = (half & 0x8000u) << 16;
-    // Scaled by 2^112 the bits of a finite fp16 are an fp32, subnormals included: exact.
-    const uint32_t finite = as_bits(as_float(magnitude << 13) * 0x1p112f);
-    return as_float(sign | (magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : finite));
+    const uint32_t magnitude = (half & 0x7fff) << 13, sign = (half & 0x8000u) << 16;
+    // A subnormal is the mantissa of a number with 2^-14's exponent, less 2^-14.
+    const float subnormal = as_float(magnitude + (113u << 23)) - 0x1p-14f;
+    uint32_t bits = magnitude < (1u << 23) ? as_bits(subnormal) : magnitude + (112u << 23);
+    bits = magnitude >= (31u << 23) ? magnitude | 0x7f800000 : bits;
+    return as_float(bits | sign);
 }
 
 void load_floats(const void* from, FloatType type, int64_t start, int64_t count, float* to) {
@@ -379,7 +381,7 @@ void rmsq::RMSQ_ISA::multiply_packed(const PackedMatmul& matmul, int64_t first, 
         const int64_t block = item / groups, group = item % groups;
         const int64_t row = matmul.rows * group / groups, rows = matmul.rows * (group + 1) / groups - row;
         const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-        const uint8_t* codes = matmul.weight + block * pairs * kPairBytes;
+        const uint8_t* codes = matmul.weight + block * pairs * kPairCodes;
         const Unit* units = static_cast<const Unit*>(matmul.activations) + row * stride;
 
         alignas(64) float sums[kGroupRows * kBlockOutputs];
@@ -387,7 +389,7 @@ void rmsq::RMSQ_ISA::multiply_packed(const PackedMatmul& matmul, int64_t first, 
         memset(sums, 0, rows * kBlockOutputs * sizeof *sums);
         for (int64_t p = 0; p < pairs; p += kChunkPairs) {
             const int64_t chunk = smaller(kChunkPairs, pairs - p);
-            const Staged* staged = stage(codes + p * kPairBytes, chunk, buffer);
+            const Staged* staged = stage(codes + p * kPairCodes, chunk, buffer);
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t start = rows * t / tiles, end = rows * (t + 1) / tiles;
                 tile_of<kTileRows>(end - start, staged, chunk, units + start * stride + p * kUnitsPerPair, stride,

@@ -58,7 +58,6 @@ std::optional<rmsq::FloatType> float_type(ScalarType type) {
 }
 
 Tensor prepack_fp8_weight(const Tensor& weight) {
-    rmsq::check_cpu("weight", weight);
     if (weight.scalar_type() != ScalarType::Byte) raise_value_error("weight: expected dtype torch.uint8");
     if (weight.dim() != 2 || weight.size(0) == 0 || weight.size(1) == 0) {
         raise_value_error("weight: expected shape [N, H], got ", shape_text(weight));
@@ -84,9 +83,6 @@ Tensor prepack_fp8_weight(const Tensor& weight) {
 Tensor packed_fp8_linear(
     Tensor packed, const Tensor& weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t outputs,
     ScalarType out_dtype) {
-    rmsq::check_cpu("packed", packed);
-    rmsq::check_cpu("weight", weight);
-    rmsq::check_cpu("weight_scale", weight_scale);
     if (packed.scalar_type() != ScalarType::Byte) raise_value_error("packed: expected dtype torch.uint8");
     const int64_t rank = packed.dim();
     if (rank < 1 || packed.size(rank - 1) <= kScaleBytes) {
@@ -110,7 +106,6 @@ Tensor packed_fp8_linear(
     if (!out_type) raise_value_error("out_dtype: expected torch.bfloat16, torch.float16 or torch.float32");
     std::optional<rmsq::FloatType> bias_type;
     if (bias) {
-        rmsq::check_cpu("bias", *bias);
         bias_type = float_type(bias->scalar_type());
         if (!bias_type || bias->dim() != 1 || bias->size(0) != outputs) {
             raise_value_error(
