@@ -1,9 +1,9 @@
 // Packed FP8 rows times an FP8 weight at one instruction-set level; the contract is in the header.
 //
 // A block of 32 outputs goes through three steps, of which the first two differ between levels:
-//     stage   the weight as the tile reads it. With AVX-512 BF16 these are the codes themselves: the tile converts them
-//             in registers, on ports that the multiplications leave idle. Elsewhere a conversion costs as much as
-//             several rows, so a chunk is converted to bf16 in L1 and serves all rows.
+//     stage   the weight as the tile reads it. With AVX-512 BF16 these are the codes themselves: the tile
+//             converts them in registers, on ports that the multiplications leave idle. Elsewhere converting
+//             costs as much as several rows, so a chunk is converted to bf16 in L1 and serves all rows.
 //     tile    up to kTileRows rows by the block's outputs, sums in registers
 //     finish  scales, bias, rounding
 #include "packed_fp8_matmul.h"
@@ -53,8 +53,8 @@ constexpr int64_t kTileRows = 12;
 constexpr int64_t kChunkPairs = 4096;
 constexpr int64_t kStageBuffer = 0;
 
-// The low and the high byte of each FP8 magnitude in bf16. All are normal numbers, zero or NaN: vdpbf16ps takes
-// subnormal bf16 for zero, and no FP8 magnitude is that small.
+// The low and the high byte of each FP8 magnitude in bf16. All are normal numbers, zero or NaN; vdpbf16ps
+// would take a subnormal bf16 for zero.
 struct Magnitudes {
     alignas(64) uint8_t low[128];
     alignas(64) uint8_t high[128];
@@ -86,7 +86,8 @@ struct Converter {
     void convert(__m512i codes, __m512i& first, __m512i& second) const {
         const __m512i low = _mm512_permutex2var_epi8(low0, codes, low1);
         const __m512i magnitude = _mm512_permutex2var_epi8(high0, codes, high1);
-        const __m512i high = _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8);  // magnitude | codes & sign
+        // magnitude | (codes & sign)
+        const __m512i high = _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8);
         first = _mm512_unpacklo_epi8(low, high);
         second = _mm512_unpackhi_epi8(low, high);
     }
@@ -114,7 +115,8 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
     __m512 sum[kRows][2];
     for (int r = 0; r < kRows; ++r) {
-        const __m512 first = _mm512_load_ps(sums + r * kBlockOutputs), second = _mm512_load_ps(sums + r * kBlockOutputs + 16);
+        const __m512 first = _mm512_load_ps(sums + r * kBlockOutputs);
+        const __m512 second = _mm512_load_ps(sums + r * kBlockOutputs + 16);
         sum[r][0] = _mm512_permutex2var_ps(first, even, second);
         sum[r][1] = _mm512_permutex2var_ps(first, odd, second);
     }
@@ -182,8 +184,8 @@ Floats multiply_add(Floats a, Floats b, Floats sum) {
 
 #if defined(__AVX2__)
 
-// bf16 of the magnitudes below 16, subnormals among them: their low and their high bytes. The bf16 of a larger one is
-// its bits moved left by 4, plus 120 in the exponent.
+// The low and the high byte in bf16 of the magnitudes below 16, subnormals among them. The bf16 of a larger
+// one is its bits moved left by 4, plus 120 in the exponent.
 alignas(16) constexpr uint8_t kSmallLow[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60,
                                                0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0};
 alignas(16) constexpr uint8_t kSmallHigh[16] = {0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c,
@@ -208,7 +210,7 @@ void to_bf16(const uint8_t* codes, uint16_t* bf16) {
     high = _mm512_add_epi8(high, _mm512_set1_epi8(0x3c));
     high = _mm512_mask_shuffle_epi8(high, small, small_high, magnitude);
     high = _mm512_mask_mov_epi8(high, nan, magnitude);
-    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xf8);  // high | code & 0x80
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xf8);  // high | (code & 0x80)
     _mm512_storeu_si512(bf16, _mm512_unpacklo_epi8(low, high));
     _mm512_storeu_si512(bf16 + 32, _mm512_unpackhi_epi8(low, high));
 #elif defined(__AVX2__)
@@ -272,15 +274,16 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
                 even[v] = (Floats)(both << 16);
                 odd[v] = (Floats)(both & 0xffff0000);
             }
-#pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r) {
-                const Floats unit = units[r * stride + 2 * p] - Floats{};
-                for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(unit, even[v], sum[r][v]);
-            }
+            // The second of a pair comes first, as in vdpbf16ps.
 #pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r) {
                 const Floats unit = units[r * stride + 2 * p + 1] - Floats{};
                 for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(unit, odd[v], sum[r][v]);
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+                const Floats unit = units[r * stride + 2 * p] - Floats{};
+                for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(unit, even[v], sum[r][v]);
             }
         }
         for (int r = 0; r < kRows; ++r) memcpy(sums + r * kBlockOutputs + n, sum[r], sizeof sum[r]);
@@ -293,7 +296,8 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
 int64_t unit_stride(int64_t hidden) { return round_up(round_up(hidden, 64) / 2 * kUnitsPerPair, 32) + 16; }
 
 template <int kRows>
-void tile_of(int64_t rows, const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums) {
+void tile_of(int64_t rows, const Staged* weight, int64_t pairs, const Unit* units, int64_t stride,
+             float* sums) {
     if constexpr (kRows > 1) {
         if (rows < kRows) return tile_of<kRows - 1>(rows, weight, pairs, units, stride, sums);
     }
@@ -340,8 +344,8 @@ void load_floats(const void* from, FloatType type, int64_t start, int64_t count,
 }
 
 // Scale, shift and round one row of a block, and write as many outputs as there are.
-void finish(const PackedMatmul& matmul, const float* sums, int64_t row, const float* scales, const float* bias,
-            int64_t output, int64_t count) {
+void finish(const PackedMatmul& matmul, const float* sums, int64_t row, const float* scales,
+            const float* bias, int64_t output, int64_t count) {
     float row_scale;
     memcpy(&row_scale, matmul.packed + row * matmul.row_stride + matmul.hidden, sizeof row_scale);
     float values[kBlockOutputs];
@@ -392,8 +396,9 @@ void rmsq::RMSQ_ISA::multiply_packed(const PackedMatmul& matmul, int64_t first, 
             const Staged* staged = stage(codes + p * kPairCodes, chunk, buffer);
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t start = rows * t / tiles, end = rows * (t + 1) / tiles;
-                tile_of<kTileRows>(end - start, staged, chunk, units + start * stride + p * kUnitsPerPair, stride,
-                                   sums + start * kBlockOutputs);
+                const Unit* first_unit = units + start * stride + p * kUnitsPerPair;
+                float* first_sum = sums + start * kBlockOutputs;
+                tile_of<kTileRows>(end - start, staged, chunk, first_unit, stride, first_sum);
             }
         }
 

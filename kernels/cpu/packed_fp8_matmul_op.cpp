@@ -20,11 +20,11 @@ using rmsq::Tensor;
 
 constexpr int64_t kScaleBytes = 4;
 
-// Bound of the scratch memory (or one row, where that is more): rows beyond it are left for another pass over the weight.
+// Bound of the scratch memory, or one row where that is more: further rows take another pass over the weight.
 constexpr int64_t kScratchBytes = 8 << 20;
 
-// Work that is worth a thread: a few microseconds of multiply-accumulates; of codes to convert, a share of a call
-// long enough not to feel one more start of the threads.
+// Work that is worth a thread: a few microseconds of multiply-accumulates. Codes to convert: so many that the
+// call is long enough not to feel a second start of the threads.
 constexpr int64_t kThreadProducts = 1 << 18;
 constexpr int64_t kThreadCodes = 1 << 20;
 
@@ -74,7 +74,9 @@ Tensor prepack_fp8_weight(const Tensor& weight) {
         std::memset(to + first * pairs * pair_bytes, 0, (last - first) * pairs * pair_bytes);
         for (int64_t n = first * kBlockOutputs; n < std::min(last * kBlockOutputs, outputs); ++n) {
             uint8_t* row = to + n / kBlockOutputs * pairs * pair_bytes + n % kBlockOutputs * 2;
-            for (int64_t h = 0; h < hidden; ++h) row[h / 2 * pair_bytes + h % 2] = from[n * step_n + h * step_h];
+            for (int64_t h = 0; h < hidden; ++h) {
+                row[h / 2 * pair_bytes + h % 2] = from[n * step_n + h * step_h];
+            }
         }
     });
     return prepacked;
@@ -94,13 +96,15 @@ Tensor packed_fp8_linear(
     if (weight.scalar_type() != ScalarType::Byte || weight.dim() != 3 || weight.size(0) != blocks ||
         weight.size(1) != pairs || weight.size(2) != 2 * kBlockOutputs || !weight.is_contiguous()) {
         raise_value_error(
-            "weight: expected what prepack_fp8_weight returns for [", outputs, ", ", hidden, "], contiguous uint8 [",
-            blocks, ", ", pairs, ", ", 2 * kBlockOutputs, "], got shape ", shape_text(weight));
+            "weight: expected what prepack_fp8_weight returns for [", outputs, ", ", hidden,
+            "], contiguous uint8 [", blocks, ", ", pairs, ", ", 2 * kBlockOutputs, "], got shape ",
+            shape_text(weight));
     }
     if (weight_scale.scalar_type() != ScalarType::Float || weight_scale.dim() != 1 ||
         (weight_scale.size(0) != outputs && weight_scale.size(0) != 1)) {
         raise_value_error(
-            "weight_scale: expected shape [", outputs, "] or [1] of torch.float32, got shape ", shape_text(weight_scale));
+            "weight_scale: expected shape [", outputs, "] or [1] of torch.float32, got shape ",
+            shape_text(weight_scale));
     }
     const std::optional<rmsq::FloatType> out_type = float_type(out_dtype);
     if (!out_type) raise_value_error("out_dtype: expected torch.bfloat16, torch.float16 or torch.float32");
@@ -157,7 +161,8 @@ Tensor packed_fp8_linear(
             expand(matmul, first, last);
         });
         const int64_t item_products = ceil_div(matmul.rows, matmul.groups) * pairs * 2 * kBlockOutputs;
-        rmsq::parallel_for(0, blocks * matmul.groups, ceil_div(kThreadProducts, item_products), [&](int64_t first, int64_t last) {
+        const int64_t grain = ceil_div(kThreadProducts, item_products);
+        rmsq::parallel_for(0, blocks * matmul.groups, grain, [&](int64_t first, int64_t last) {
             multiply(matmul, first, last);
         });
     }

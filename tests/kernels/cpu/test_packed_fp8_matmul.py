@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_neuron_rmsq import ops
 from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq.backends import cpu
 
 OP = torch.ops.neuron_rmsq.packed_fp8_linear.cpu
 PREPACK = torch.ops.neuron_rmsq.prepack_fp8_weight.cpu
@@ -116,7 +117,9 @@ def test_any_shape_and_stride(packed, n, bias_dtype, transposed) -> None:
     out = multiply(packed, weight, weight_scale, bias)
     assert out.is_contiguous()
     check_against_float64(out, packed, weight, weight_scale, bias)
-    assert torch.equal(out, multiply(packed.clone(memory_format=torch.contiguous_format), weight, weight_scale, bias))
+    assert torch.equal(
+        out, multiply(packed.clone(memory_format=torch.contiguous_format), weight, weight_scale, bias)
+    )
 
 
 def test_every_product_of_two_bytes() -> None:
@@ -154,7 +157,9 @@ def test_nan_stays_in_its_row(out_dtype: torch.dtype) -> None:
 def test_bias_is_added_in_fp32(bias_dtype: torch.dtype) -> None:
     packed, weight, weight_scale = case(5, 45, 77)
     # fp16's subnormals and extremes among them
-    bias = torch.tensor([0.0, -0.0, 2**-24, -3 * 2**-24, 2**-15, 65504, float("inf")] + [0.1] * 38).to(bias_dtype)
+    bias = torch.tensor([0.0, -0.0, 2**-24, -3 * 2**-24, 2**-15, 65504, float("inf")] + [0.1] * 38).to(
+        bias_dtype
+    )
     wanted = multiply(packed, weight, weight_scale) + bias.float()
     assert torch.equal(multiply(packed, weight, weight_scale, bias), wanted)
     tiny = fmt.pack(torch.zeros(5, 77, dtype=torch.uint8), scales(5, 1))
@@ -186,11 +191,23 @@ def test_same_bits_in_any_batch_on_any_threads() -> None:
             torch.set_num_threads(count)
             assert torch.equal(PREPACK(weight), prepacked)
             for batch in (1, 7, 12, 16, 61, 140):
-                parts = [OP(p, prepacked, weight_scale, None, 130, torch.float32) for p in packed.split(batch)]
+                parts = [
+                    OP(p, prepacked, weight_scale, None, 130, torch.float32) for p in packed.split(batch)
+                ]
                 results.append(torch.cat(parts))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_same_bits_at_every_level(isa: str) -> None:
+    packed, weight, weight_scale = case(20, 70, 3001)
+    out = multiply(packed, weight, weight_scale)
+    cpu.set_isa("portable")
+    try:
+        assert torch.equal(out, multiply(packed, weight, weight_scale))
+    finally:
+        cpu.set_isa(isa)
 
 
 def test_prepacked_layout() -> None:
@@ -224,7 +241,11 @@ def test_through_the_public_functions() -> None:
         ("packed", torch.zeros(2, 4, dtype=torch.uint8), r"packed: expected shape \[..., H \+ 4\]"),
         ("packed", torch.zeros(2, 16, dtype=torch.uint8), r"prepack_fp8_weight returns for \[40, 12\]"),
         ("weight", torch.zeros(40, 10, dtype=torch.uint8), r"weight: expected .*, got shape \[40, 10\]"),
-        ("weight", torch.zeros(64, 5, 2, dtype=torch.uint8).transpose(0, 2), "weight: expected .* contiguous"),
+        (
+            "weight",
+            torch.zeros(64, 5, 2, dtype=torch.uint8).transpose(0, 2),
+            "weight: expected .* contiguous",
+        ),
         ("weight", torch.zeros(2, 5, 64), "weight: expected .* uint8"),
         ("weight_scale", torch.ones(39), r"weight_scale: expected shape \[40\] or \[1\]"),
         ("weight_scale", torch.ones(40, 1), r"weight_scale: expected .*, got shape \[40, 1\]"),
