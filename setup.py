@@ -46,15 +46,25 @@ def find_torch() -> Path:
     A fresh interpreter that ignores PYTHONPATH looks for it: pip's build isolation hides the environment
     being installed into from this one through that variable.
     """
-    found = subprocess.run([sys.executable, "-E", "-c", FIND_TORCH], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-E", "-c", FIND_TORCH], capture_output=True, text=True
+    ).stdout.strip()
     if not found:
-        raise NotBuilt("torch was not found by the build; install torch first, then this package with "
-                       "pip install --no-build-isolation")
+        raise NotBuilt(
+            "torch was not found by the build; install torch first, then this package with "
+            "pip install --no-build-isolation"
+        )
     torch = Path(found).parent
     version = torch / "include/torch/headeronly/version.h"
-    numbers = re.findall(r"#define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", version.read_text()) if version.exists() else []
+    numbers = (
+        re.findall(r"#define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", version.read_text())
+        if version.exists()
+        else []
+    )
     if tuple(map(int, numbers)) < MINIMUM_TORCH:
-        raise NotBuilt(f"torch >= {'.'.join(map(str, MINIMUM_TORCH))} with its C++ headers is needed, not found in {torch}")
+        raise NotBuilt(
+            f"torch >= {'.'.join(map(str, MINIMUM_TORCH))} with its C++ headers is needed, not found in {torch}"
+        )
     return torch
 
 
@@ -85,19 +95,27 @@ class BuildKernels(build_ext):
                 objects += self.compiler.compile(
                     [str(source)],
                     output_dir=os.path.join(self.build_temp, level or "common"),
-                    macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")] if once else [("RMSQ_ISA", level)],
+                    macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")]
+                    if once
+                    else [("RMSQ_ISA", level)],
                     include_dirs=[str(torch / "include")] if once else [],
                     extra_postargs=[*FLAGS, *flags],
                 )
         # torch's libraries are in the process before this one is loaded: named for the linker, no run path.
         self.compiler.link_shared_object(
-            objects, str(library), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")], target_lang="c++"
+            objects,
+            str(library),
+            libraries=["torch_cpu"],
+            library_dirs=[str(torch / "lib")],
+            target_lang="c++",
         )
 
     def copy_extensions_to_source(self):
         """In an editable install the library, or the reason why there is none, goes beside the sources."""
         for ext in self.extensions:
-            inplace, built = map(Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext))
+            inplace, built = map(
+                Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+            )
             for suffix in (".so", ".txt"):
                 inplace.with_suffix(suffix).unlink(missing_ok=True)
                 if built.with_suffix(suffix).exists():
