@@ -1,5 +1,7 @@
 """vLLM plugin: fused RMSNorm + FP8 quantization on AWS Neuron, CPU and CUDA, one packed tensor throughout."""
 
+__version__ = "0.1.0"
+
 
 def register() -> None:
     """Register the plugin with vLLM; the ``vllm.general_plugins`` entry point ``neuron_rmsq``."""

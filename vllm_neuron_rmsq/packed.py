@@ -37,6 +37,9 @@ FP8_MAX = {"trn2": 240.0, "trn3": 448.0}
 NAN_CODE = 0x7F
 """The one byte that is NaN both in float8_e4m3 and in float8_e4m3fn."""
 
+MAX_TRN2_CODE = 0x77
+"""The code of 240, sign bit aside; larger ones are Inf or NaN to Trainium2."""
+
 if sys.byteorder != "little":  # pragma: no cover - no supported platform is big endian
     raise ImportError(
         "vllm_neuron_rmsq.packed: the packed scale is little-endian fp32 and this machine is big endian"
@@ -105,7 +108,8 @@ def pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     rows = codes.shape[:-1]
     if scale.shape not in (rows, (*rows, 1)):
         raise ValueError(f"scale: expected shape {[*rows, 1]} or {list(rows)}, got {list(scale.shape)}")
-    tail = scale.reshape(*rows, 1).contiguous().view(torch.uint8)
+    # A copy: a stride of 0 along a dimension of size 1 counts as contiguous but cannot be viewed as bytes.
+    tail = scale.reshape(*rows, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return torch.cat([codes.view(torch.uint8), tail], dim=-1)
 
 

@@ -1,0 +1,24 @@
+"""Patch: vLLM knows the plugin's environment variables.
+
+What: adds ``VLLM_RMSQ_*`` to ``vllm.envs.environment_variables``.
+Why: vLLM warns of every ``VLLM_`` variable that is not in there ("Unknown vLLM environment variable
+    detected"), which makes a right setting look like a wrong one.
+Versions: vLLM 0.32 (the warning as of 0.18).
+Delete when: plugins can declare variables, or vLLM asks only for its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from vllm import envs
+
+from vllm_neuron_rmsq.settings import CHOICES, PREFIX
+
+
+def apply() -> None:
+    """Add the variables; a second call changes nothing."""
+    for key in CHOICES:
+        name = PREFIX + key.upper()
+        envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))

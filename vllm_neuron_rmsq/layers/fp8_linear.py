@@ -1,0 +1,160 @@
+"""The consumer: an FP8 linear kernel for vLLM that multiplies packed rows.
+
+Dimensions:
+    H: input features
+    N: output features
+    ...: rows (tokens)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+    FP8ScaledMMLinearKernel,
+    FP8ScaledMMLinearLayerConfig,
+)
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, as_quantized_activation
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8DynamicTensorSym,
+    kFp8DynamicTokenSym,
+    kFp8StaticChannelSym,
+    kFp8StaticTensorSym,
+)
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
+
+from vllm_neuron_rmsq import backends, ops, settings
+from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq.layers.activation import PACKED_KEY, NormOutputProbe
+
+# Dynamic per-tensor activations are computed per token, which is finer, as vLLM itself does on CUDA.
+ACTIVATION_KEYS = (kFp8DynamicTokenSym, kFp8DynamicTensorSym)
+WEIGHT_KEYS = (kFp8StaticChannelSym, kFp8StaticTensorSym)
+
+ROWS_AT_A_TIME = 1024
+"""Weight rows converted at once while halving: bounds the bf16 copy."""
+
+
+class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
+    """Multiplies packed rows by an FP8 weight with a per-channel or per-tensor scale.
+
+    Takes a ``PackedActivation`` from a fused norm as it is; anything else it quantizes and packs itself,
+    by the same contract (``ops.rms_norm_quant`` without a norm).
+    """
+
+    probing = False
+    """While the fusion looks who reads what, multiplying would be wasted: results are zeros."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        choice = settings.current()
+        if choice.backend == "off":
+            return False, "is switched off (VLLM_RMSQ_BACKEND=off)"
+        if envs.VLLM_BATCH_INVARIANT:
+            return False, "keeps its weight in a layout of its own, which VLLM_BATCH_INVARIANT=1 reads"
+        backends.resolve(choice.backend, current_platform.device_type)
+        return True, None
+
+    @classmethod
+    def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
+        if c.activation_quant_key not in ACTIVATION_KEYS:
+            return False, f"needs dynamic per-token or per-tensor activations, not {c.activation_quant_key}"
+        if c.weight_quant_key not in WEIGHT_KEYS:
+            return False, f"needs per-channel or per-tensor weights, not {c.weight_quant_key}"
+        return True, None
+
+    def __init__(self, c: FP8ScaledMMLinearLayerConfig, layer_param_names) -> None:
+        super().__init__(c, layer_param_names)
+        choice = settings.current()
+        self.target = choice.target
+        self.backend = backends.resolve(choice.backend, current_platform.device_type)
+
+    def input_quant_key(self):
+        return PACKED_KEY
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Bring the weight within the target's range and lay it out for the backend's matmul.
+
+        vLLM hands it over as ``[H, N]``, a transposed view of ``[N, H]``; afterwards ``layer.weight`` is
+        uint8 in the backend's layout and ``layer.weight_scale`` fp32 ``[N]`` or ``[1]``.
+
+        Raises:
+            ValueError: weight or scale have another shape than expected, or hold NaN or Inf.
+        """
+        weight_name, scale_name = self.layer_param_names[:2]
+        weight, scale = getattr(layer, weight_name).data, getattr(layer, scale_name).data
+        out_features, in_features = self.config.weight_shape
+        if weight.shape != (in_features, out_features):
+            raise ValueError(
+                f"weight: expected shape {[in_features, out_features]} after loading, "
+                f"got {list(weight.shape)}"
+            )
+        codes = weight.t().contiguous().view(torch.uint8)
+        scale = scale.reshape(-1).float()
+        largest = int((codes & 0x7F).amax())
+        if largest == fmt.NAN_CODE or not scale.isfinite().all():
+            raise ValueError(
+                "weight: holds NaN or Inf in its codes or scales; the checkpoint is corrupt or was quantized "
+                "from a corrupt one"
+            )
+        halved = self.target == "trn2" and largest > fmt.MAX_TRN2_CODE
+        layer.rmsq_halved = halved  # type: ignore[assignment]
+        if halved:
+            codes, scale = halve(codes, scale)
+        prepacked = ops.prepack_fp8_weight(codes, scale, self.backend)
+        replace_parameter(layer, weight_name, torch.nn.Parameter(prepacked.data, requires_grad=False))
+        replace_parameter(layer, scale_name, torch.nn.Parameter(scale, requires_grad=False))
+
+    def apply_weights(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor | QuantizedActivation,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return ``[..., N]`` for ``x`` ``[..., H]``, plain or packed."""
+        out_features, in_features = self.config.weight_shape
+        if self.probing:
+            if isinstance(x, NormOutputProbe):
+                x = x.open(layer)
+            return x.new_zeros((*x.shape[:-1], out_features), dtype=self.config.out_dtype or x.dtype)
+        activation = as_quantized_activation(x, PACKED_KEY)
+        if activation is None:
+            packed = ops.rms_norm_quant(x, None, target=self.target, backend=self.backend)
+            dtype = x.dtype
+        else:
+            packed, dtype = activation.data, activation.orig_dtype
+        weight, scale = (getattr(layer, name) for name in self.layer_param_names[:2])
+        return ops.packed_fp8_linear(
+            packed,
+            ops.PrepackedWeight(weight, out_features, in_features, self.backend),
+            scale,
+            bias=bias,
+            out_dtype=self.config.out_dtype or dtype,
+        )
+
+    def apply_scaled_mm(self, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError("PackedFp8LinearKernel multiplies packed rows in apply_weights")
+
+
+def halve(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring FP8 weights of the OCP range (±448) within Trainium2's (±240): half the codes, twice the scale.
+
+    Exact but for the odd ones among the smallest subnormals, which round to even; the customary factor
+    240/448 rounds nearly every weight anew.
+
+    Args:
+        codes: ``[N, H]`` uint8, e4m3fn codes without NaN.
+        scale: ``[N]`` or ``[1]`` fp32.
+
+    Returns:
+        new ``codes`` and ``scale`` of the same shapes.
+    """
+    halved = torch.empty_like(codes)
+    for start in range(0, codes.shape[0], ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        values = codes[rows].view(torch.float8_e4m3fn).to(torch.bfloat16) * 0.5
+        halved[rows] = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    return halved, scale * 2
