@@ -66,5 +66,5 @@ def set_isa(name: str) -> None:
 
 
 def prepacked_shape(n: int, h: int) -> tuple[int, int, int]:
-    """Blocks of 32 outputs, pairs along H, bytes of a pair: the layout of ``kernels/cpu/packed_fp8_matmul.h``."""
+    """``[blocks of 32 outputs, pairs along H, 64]``, the layout in ``kernels/cpu/packed_fp8_matmul.h``."""
     return -(-n // 32), -(-h // 2), 64
