@@ -1,8 +1,8 @@
 """Builds the native CPU kernels; everything else about the package is in pyproject.toml.
 
-The kernels use torch's stable C++ interface: headers of any torch >= 2.10 build a library that every torch
->= 2.10 loads. torch is not a build requirement, so that installing this package can never replace the torch
-that vLLM came with: its headers are looked for in the environment installed into. Without them, without a
+The kernels use torch's stable C++ interface: headers of any torch >= 2.10 build a library that every such
+torch loads. torch is not a build requirement, so that installing this package never replaces the torch that
+vLLM came with: its headers are looked for in the environment installed into. Without them, without a
 compiler, or when compiling fails, the package installs all the same, and ``vllm_neuron_rmsq/_cpu_kernels.txt``
 says why, where ``backends/cpu.py`` reads it.
 """
@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,8 +25,8 @@ KERNELS = ("rmsnorm_quant.cpp", "packed_fp8_matmul.cpp")
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-"""Multiply-adds are written out where they are meant (contract=off), so that every level computes the same bits.
-The warning switched off is about GCC's own AVX-512 header."""
+"""Multiply-adds are written out where they are meant (contract=off), so that every level computes the same
+bits. The warnings switched off are about GCC's own AVX-512 header."""
 
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -66,9 +67,8 @@ def find_torch() -> Path:
         else []
     )
     if tuple(map(int, numbers)) < MINIMUM_TORCH:
-        raise NotBuilt(
-            f"torch >= {'.'.join(map(str, MINIMUM_TORCH))} with its C++ headers is needed, not found in {torch}"
-        )
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        raise NotBuilt(f"torch >= {minimum} with its C++ headers is needed, and is not in {torch}")
     return torch
 
 
@@ -85,10 +85,9 @@ class BuildKernels(build_ext):
         try:
             self._compile_and_link(library)
         except Exception as error:  # whatever it was, the package works without
-            if isinstance(error, subprocess.CalledProcessError):
-                error = f"{error.cmd[0]} failed (exit status {error.returncode}); pip install -v shows its messages"
-            self.warn(f"native CPU kernels not built: {error}")
-            reason.write_text(f"{error}\n")
+            text = textwrap.shorten(str(error), 200)
+            self.warn(f"native CPU kernels not built: {text}")
+            reason.write_text(f"{text}\n")
 
     def _compile_and_link(self, library):
         if sys.platform != "linux":

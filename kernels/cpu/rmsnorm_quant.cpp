@@ -183,13 +183,13 @@ float quantize_by_formula(const RmsNormQuant& work, const Place& row, uint8_t* o
         store(buffer + i * kPair, y.a);
         store(buffer + i * kPair + 16, y.b);
     });
-    float limit = largest(peak_a, peak_b);
-    if (!is_finite(limit)) return 0;
-    if (work.lower_bound > 0 && limit > work.lower_bound) limit = work.lower_bound;
-    const float own = limit / work.fp8_max;
+    const float y_peak = largest(peak_a, peak_b);
+    if (!is_finite(y_peak)) return 0;
+    const float bound = work.lower_bound > 0 ? work.lower_bound : kLargest;
+    const float own = (y_peak < bound ? y_peak : bound) / work.fp8_max;
     const float scale = work.static_scale > 0 ? work.static_scale : own > kScaleFloor ? own : kScaleFloor;
     write_codes<D>(out, work.width, [=, &work](int64_t i) -> Pair {
-        const Lanes a = clip(load(buffer + i * kPair), splat(limit)), b = clip(load(buffer + i * kPair + 16), splat(limit));
+        const Lanes a = clip(load(buffer + i * kPair), splat(bound)), b = clip(load(buffer + i * kPair + 16), splat(bound));
         return {clip(a / splat(scale), splat(work.fp8_max)), clip(b / splat(scale), splat(work.fp8_max))};
     });
     return scale;

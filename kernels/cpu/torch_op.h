@@ -41,10 +41,6 @@ inline std::string shape_text(const Tensor& tensor) {
     return text.str();
 }
 
-inline void check_cpu(const char* name, const Tensor& tensor) {
-    if (!tensor.is_cpu()) raise_value_error(name, ": expected a CPU tensor");
-}
-
 // From this size on an allocation is fresh memory from the system, and writing it first meets a page fault every
 // 4 KiB, which takes longer than the kernels' work: ask for huge pages, as torch does with THP_MEM_ALLOC_ENABLE.
 constexpr int64_t kHugePagesFrom = 4 << 20;
