@@ -1,0 +1,695 @@
+"""The simulator's ``nki.isa``: every instruction checks its operands, computes in one NumPy step, and is costed.
+
+Instruction semantics and limits after nki/api/nki/isa/__init__.py of aws-neuron-sdk (NKI 0.6), Trainium2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from .. import cost_model, dtypes, hardware, ops
+from .. import machine as _machine
+from ..errors import NkiSimulationError as NkiValidationError
+from ..errors import check, fail
+from ..operands import (
+    DMA_MEMORY,
+    ON_CHIP,
+    bits,
+    column,
+    issue,
+    numbers,
+    operator,
+    put,
+    put_bits,
+    same_partitions,
+    scalar,
+    tensor,
+    tile,
+)
+from ..tensor import NKIObject, NkiTensor, VirtualRegister
+
+__all__ = ["NkiValidationError", "VirtualRegister"]
+
+
+class engine(Enum):
+    """Engines of a NeuronCore."""
+
+    tensor = 1
+    vector = 5
+    scalar = 2
+    gpsimd = 3
+    dma = 4
+    sync = 6
+    unknown = 0
+
+
+tensor_engine, vector_engine, scalar_engine = engine.tensor, engine.vector, engine.scalar
+gpsimd_engine, unknown_engine = engine.gpsimd, engine.unknown
+
+
+class reduce_cmd(Enum):
+    """What an instruction does with the engine's accumulator registers."""
+
+    idle = 0
+    reset = 1
+    reduce = 2
+    reset_reduce = 3
+    load_reduce = 4
+
+
+class dge_mode(Enum):
+    """Who makes a DMA's descriptors."""
+
+    unknown = 0
+    swdge = 1
+    hwdge = 2
+    none = 3
+
+
+class oob_mode(Enum):
+    """What an out-of-bounds index of an indirect DMA does."""
+
+    error = 0
+    skip = 1
+
+
+class matmul_perf_mode(Enum):
+    """TensorE's performance modes."""
+
+    none = "none"
+    double_row = "double_row"
+
+
+class nc_version(Enum):
+    """NeuronCore generations."""
+
+    gen2 = 2
+    gen3 = 3
+    gen4 = 4
+
+
+class dma_engine(Enum):
+    """Who moves the data of a sendrecv."""
+
+    dma = 1
+    gpsimd_dma = 2
+
+
+class NkiInstruction(NKIObject):
+    """What an instruction returns; instructions run in program order here."""
+
+    def depends_on(self, *producers: NkiInstruction) -> NkiInstruction:
+        """Order this one after `producers`: always so here."""
+        return self
+
+
+_DONE = NkiInstruction()
+_MATMUL_FLOATS = ("float8_e4m3", "float8_e5m2", "bfloat16", "float16")
+_WIDE_FLOATS = ("tfloat32", "float32")
+
+
+def get_nc_version() -> nc_version:
+    """The generation simulated: Trainium2."""
+    return nc_version.gen3
+
+
+def get_nc_sub_version() -> int:
+    """The first revision."""
+    return 0
+
+
+def _engine(instruction: str, given: engine, default: engine, *allowed: engine) -> str:
+    chosen = default if given == engine.unknown else given
+    check(chosen in allowed, instruction, "engine", " or ".join(e.name for e in allowed), given.name)
+    return chosen.name
+
+
+# -- data movement --------------------------------------------------------------------------------
+
+
+def dma_copy(
+    dst: NkiTensor,
+    src: NkiTensor,
+    priority: int | None = None,
+    oob_mode: Any = oob_mode.error,
+    dge_mode: Any = dge_mode.unknown,
+    engine: Any = engine.unknown,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = src`` between HBM and SBUF, cast by way of fp32 where the dtypes differ."""
+    what = "nki.isa.dma_copy"
+    dst, src = tensor(what, "dst", dst, DMA_MEMORY), tensor(what, "src", src, DMA_MEMORY)
+    check(dst.size == src.size, what, "src", f"as many elements as dst ({dst.size})", src.size)
+    check(priority is None, what, "priority", "None (NeuronCore-v4 and later)", priority)
+    _dge_engine(what, dge_mode, engine)
+    if dst.is_indirect() or src.is_indirect():
+        _indirect_copy(what, dst, src, oob_mode, dge_mode)
+    elif dst.dtype == src.dtype:
+        dst.write(what, "dst", src.read(what, "src"))
+    else:
+        dst.write(what, "dst", _cast(src.read(what, "src"), src.dtype, dst.dtype))
+    cost_model.dma("dma_copy", dst, [src])
+    return _DONE
+
+
+def _cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
+    return dtypes.from_float32(dtypes.to_float32(values, source), target)
+
+
+def _dge_engine(what: str, mode: Any, given: Any) -> None:
+    check(
+        given == engine.unknown or (mode == dge_mode.hwdge and given in (engine.sync, engine.scalar)),
+        what, "engine", "unknown, or sync or scalar with dge_mode.hwdge", f"{given} with {mode}",
+    )  # fmt: skip
+
+
+def _indirect_copy(what: str, dst: NkiTensor, src: NkiTensor, oob: Any, mode: Any) -> None:
+    """Gather rows into `dst`, or scatter the rows of `src`: partition p uses row ``index[p]``."""
+    check(mode != dge_mode.hwdge, what, "dge_mode", "unknown or swdge for gather and scatter", mode)
+    check(not (dst.is_indirect() and src.is_indirect()), what, "src, dst", "one indirect operand", "two")
+    moving, name = (src, "src") if src.is_indirect() else (dst, "dst")
+    check(moving.storage.on_chip is False, what, name, "a tensor in HBM to gather from or scatter to", moving)
+    indirect = moving._indirect
+    assert indirect is not None
+    index = bits(what, f"{name}'s index", tile(what, f"{name}'s index", indirect.index, ("sbuf",)))
+    rows = index.reshape(-1).astype(np.int64)
+    check(rows.size == moving.shape[0], what, f"{name}'s index", f"{moving.shape[0]} indices", rows.size)
+    for p, row in enumerate(rows):
+        if not 0 <= row < indirect.extent:
+            if oob is oob_mode.skip:
+                continue
+            fail(what, f"{name}'s index", f"rows below {indirect.extent}", f"{row} on partition {p}")
+        line = NkiTensor(
+            (1, *moving.shape[1:]), moving.dtype, moving.storage, moving.buffer, moving.name,
+            strides=moving.strides, offset=moving.offset + int(row) * indirect.stride,
+        )  # fmt: skip
+        line._inside(what)
+        if src.is_indirect():
+            dst.slice(0, p, p + 1).write(what, "dst", _cast(line.read(what, "src"), src.dtype, dst.dtype))
+        else:
+            line.write(what, "dst", _cast(src.slice(0, p, p + 1).read(what, "src"), src.dtype, dst.dtype))
+
+
+def memset(dst: NkiTensor, value: Any, engine: Any = engine.unknown, name: str | None = None) -> NkiInstruction:
+    """Fill `dst` with a constant."""
+    what = "nki.isa.memset"
+    on = _engine(what, engine, _E.vector, _E.vector, _E.gpsimd)
+    dst = tile(what, "dst", dst, engine=on)
+    check(isinstance(value, (int, float, np.number)), what, "value", "a constant", value)
+    put_bits(what, dst, np.full((), value).astype(dtypes.NUMPY[dst.dtype]))
+    issue("memset", on, cost_model.cycles(dst.free_size, dst), dst)
+    return _DONE
+
+
+def tensor_copy(
+    dst: NkiTensor, src: NkiTensor, engine: Any = engine.unknown, name: str | None = None
+) -> NkiInstruction:
+    """``dst = src`` on chip; bit-accurate where the dtypes are the same."""
+    what = "nki.isa.tensor_copy"
+    on = _engine(what, engine, _E.vector, _E.vector, _E.scalar, _E.gpsimd)
+    dst, src = tile(what, "dst", dst, engine=on), tile(what, "src", src, engine=on)
+    same_partitions(what, dst, src=src)
+    if dst.dtype == src.dtype:
+        put_bits(what, dst, bits(what, "src", src))
+    else:
+        put(what, dst, numbers(what, "src", src))
+    issue("tensor_copy", on, cost_model.copy_cycles(on, dst, src), dst, src)
+    return _DONE
+
+
+# -- VectorE and GpSimdE ----------------------------------------------------------------------------
+
+
+def tensor_tensor(
+    dst: NkiTensor,
+    data1: NkiTensor,
+    data2: NkiTensor,
+    op: Any,
+    engine: Any = engine.unknown,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = data1 <op> data2``."""
+    what = "nki.isa.tensor_tensor"
+    op = operator(what, "op", op, ops.ARITHMETIC, ops.BITVEC)
+    words = all(getattr(t, "dtype", None) in ("int32", "uint32") for t in (dst, data1, data2))
+    in_psum = any(getattr(t, "buffer", None) == "psum" for t in (dst, data1, data2))
+    default = _E.gpsimd if op == "power" or (words and not in_psum) else _E.vector
+    on = _engine(what, engine, default, _E.gpsimd, *(() if op == "power" else (_E.vector,)))
+    dst = tile(what, "dst", dst, engine=on)
+    data1, data2 = tile(what, "data1", data1, engine=on), tile(what, "data2", data2, engine=on)
+    same_partitions(what, dst, data1=data1, data2=data2)
+    both = data1.buffer == data2.buffer == "psum"
+    check(not both, what, "data1, data2", "at most one of them in PSUM", "both in PSUM")
+    if op in ops.BITVEC:
+        x, y = _integers(what, data1=data1, data2=data2, dst=dst)[:2]
+        put_bits(what, dst, ops.BITVEC[op](x, y))
+    elif words and on == "gpsimd":
+        put_bits(what, dst, ops.ARITHMETIC[op](bits(what, "data1", data1), bits(what, "data2", data2)))
+    else:
+        put(what, dst, _compute(op, numbers(what, "data1", data1), numbers(what, "data2", data2)))
+    issue("tensor_tensor", on, cost_model.pair_cycles(on, dst, data1, data2), dst, data1, data2)
+    return _DONE
+
+
+def _integers(what: str, **tiles: NkiTensor) -> list[np.ndarray]:
+    """Operands of a bitvec operator (not `dst`) as bit patterns."""
+    for name, t in tiles.items():
+        check(t.dtype in dtypes.INTEGERS, what, name, "an integer dtype (bitvec operator)", t)
+    return [bits(what, name, t) for name, t in tiles.items() if name != "dst"]
+
+
+def _compute(op: str, x: Any, y: Any, reverse: bool = False) -> np.ndarray:
+    """fp32 ``x <op> y``; unary operators ignore y."""
+    with np.errstate(all="ignore"):
+        if op in ops.UNARY:
+            return ops.UNARY[op](x)
+        return ops.ARITHMETIC[op](y, x) if reverse else ops.ARITHMETIC[op](x, y)
+
+
+def tensor_scalar(
+    dst: NkiTensor,
+    data: NkiTensor,
+    op0: Any,
+    operand0: Any,
+    reverse0: bool = False,
+    op1: Any = None,
+    operand1: Any = None,
+    reverse1: bool = False,
+    engine: Any = engine.unknown,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = (data <op0> operand0) <op1> operand1``, operands constant or one value per partition."""
+    what = "nki.isa.tensor_scalar"
+    first = operator(what, "op0", op0, ops.ARITHMETIC, ops.BITVEC, ops.UNARY)
+    second = None if op1 is None else operator(what, "op1", op1, ops.ARITHMETIC, ops.BITVEC, ops.UNARY)
+    bitvec = first in ops.BITVEC
+    check(second is None or (second in ops.BITVEC) == bitvec, what, "op1", "the kind of op0", second)
+    check(op1 is not None or operand1 is None, what, "operand1", "None without op1", operand1)
+    on = _tensor_scalar_engine(what, engine, first, second)
+    dst, data = tile(what, "dst", dst, engine=on), tile(what, "data", data, engine=on)
+    same_partitions(what, dst, data=data)
+    steps = [(first, "operand0", operand0, reverse0)]
+    if second is not None:
+        steps.append((second, "operand1", operand1, reverse1))
+    if bitvec:
+        (values,) = _integers(what, data=data, dst=dst)
+        for op, label, operand, reverse in steps:
+            other = _bit_operand(what, label, operand, data)
+            values = ops.BITVEC[op](*((values,) if op == "invert" else (values, other)[:: -1 if reverse else 1]))
+        put_bits(what, dst, values)
+    else:
+        values = numbers(what, "data", data)
+        for op, label, operand, reverse in steps:
+            values = _compute(op, values, _operand(what, label, op, operand, data), reverse)
+        put(what, dst, values)
+    issue("tensor_scalar", on, cost_model.copy_cycles(on, dst, data, first), dst, data, operand0, operand1)
+    return _DONE
+
+
+def _tensor_scalar_engine(what: str, given: Any, first: str, second: str | None) -> str:
+    default = _E.gpsimd if "rsqrt" in (first, second) else _E.vector
+    on = _engine(what, given, default, _E.vector, _E.scalar, _E.gpsimd)
+    if on == "scalar":
+        pairs = (("multiply", "add"), ("multiply", None), ("add", None))
+        check((first, second) in pairs, what, "op0, op1", f"one of {pairs} on ScalarE", (first, second))
+    check(on == "vector" or first not in ops.BITVEC, what, "engine", "vector for bitvec operators", on)
+    rsqrt = "rsqrt" in (first, second)
+    check((on == "gpsimd") == rsqrt, what, "engine", "gpsimd for rsqrt, and for nothing else", on)
+    return on
+
+
+def _operand(what: str, label: str, op: str, value: Any, data: NkiTensor) -> Any:
+    if op in ops.UNARY:
+        check(value is None or (not isinstance(value, NkiTensor) and value == 0), what, label, "None or 0", value)
+        return None
+    return scalar(what, label, value, data.shape[0])
+
+
+def _bit_operand(what: str, label: str, value: Any, data: NkiTensor) -> Any:
+    if isinstance(value, NkiTensor):
+        return bits(what, label, column(what, label, value, data.shape[0], dtype=dtypes.INTEGERS))
+    check(value is None or isinstance(value, int), what, label, "an integer (bitvec operator)", value)
+    return None if value is None else np.asarray(value).astype(dtypes.NUMPY[data.dtype])
+
+
+def tensor_reduce(
+    dst: NkiTensor,
+    op: Any,
+    data: NkiTensor,
+    axis: Any,
+    negate: bool = False,
+    keepdims: bool = False,
+    name: str | None = None,
+) -> NkiInstruction:
+    """Reduce the last free dimensions of `data`."""
+    what = "nki.isa.tensor_reduce"
+    op = operator(what, "op", op, {n: 0 for n in (*ops.IDENTITY, *_BIT_REDUCTIONS)})
+    dst, data = tile(what, "dst", dst), tile(what, "data", data)
+    axes = sorted(a % data.ndim for a in ((axis,) if isinstance(axis, int) else axis))
+    last = list(range(data.ndim - len(axes), data.ndim))
+    check(axes == last and 0 not in axes, what, "axis", "the last free dimensions of data", axis)
+    kept = data.free_size // math.prod(data.shape[a] for a in axes)
+    check(
+        dst.shape[0] == data.shape[0] and dst.free_size == kept,
+        what, "dst", f"{data.shape[0]} partitions of {kept} elements", dst,
+    )  # fmt: skip
+    if op in _BIT_REDUCTIONS:
+        check(not negate, what, "negate", "False for a bitvec operator", negate)
+        (values,) = _integers(what, data=data, dst=dst)
+        put_bits(what, dst, ops.reduce(op, values.reshape(data.shape[0] * kept, -1)))
+    else:
+        with np.errstate(all="ignore"):
+            result = ops.reduce(op, numbers(what, "data", data).reshape(data.shape[0] * kept, -1))
+        put(what, dst, -result if negate else result)
+    issue("tensor_reduce", "vector", cost_model.cycles(data.free_size), dst, data)
+    return _DONE
+
+
+_BIT_REDUCTIONS = ("bitwise_and", "bitwise_or", "bitwise_xor")
+
+
+def scalar_tensor_tensor(
+    dst: NkiTensor,
+    data: NkiTensor,
+    op0: Any,
+    operand0: Any,
+    op1: Any,
+    operand1: NkiTensor,
+    reverse0: bool = False,
+    reverse1: bool = False,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = (data <op0> operand0) <op1> operand1``: a scalar per partition, then a tile."""
+    what = "nki.isa.scalar_tensor_tensor"
+    first = operator(what, "op0", op0, ops.ARITHMETIC, ops.UNARY)
+    second = operator(what, "op1", op1, ops.ARITHMETIC)
+    dst, data, operand1 = tile(what, "dst", dst), tile(what, "data", data), tile(what, "operand1", operand1)
+    same_partitions(what, dst, data=data, operand1=operand1)
+    both = data.buffer == operand1.buffer == "psum"
+    check(not both, what, "data, operand1", "at most one of them in PSUM", "both in PSUM")
+    step = _compute(first, numbers(what, "data", data), _operand(what, "operand0", first, operand0, data), reverse0)
+    put(what, dst, _compute(second, step, numbers(what, "operand1", operand1), reverse1))
+    issue("scalar_tensor_tensor", "vector", 2 * cost_model.cycles(data.free_size), dst, data, operand0, operand1)
+    return _DONE
+
+
+def tensor_scalar_reduce(
+    dst: NkiTensor,
+    data: NkiTensor,
+    op0: Any,
+    operand0: Any,
+    reduce_op: Any,
+    reduce_res: NkiTensor | None = None,
+    reverse0: bool = False,
+    reduce_cmd: Any = reduce_cmd.reset_reduce,
+    reduce_init: Any = None,
+    reduce_res_negate: bool = False,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = data <op0> operand0`` and a reduction of that over all free dimensions."""
+    what = "nki.isa.tensor_scalar_reduce"
+    first = operator(what, "op0", op0, ops.ARITHMETIC, ops.UNARY)
+    by = operator(what, "reduce_op", reduce_op, {n: 0 for n in ("add", "multiply", "maximum", "minimum")})
+    check(not reverse0, what, "reverse0", "False (not supported yet)", reverse0)
+    dst, data = tile(what, "dst", dst), tile(what, "data", data)
+    same_partitions(what, dst, data=data)
+    values = _compute(first, numbers(what, "data", data), _operand(what, "operand0", first, operand0, data))
+    total = _accumulate(what, "vector", by, values, reduce_cmd, reduce_init)
+    put(what, dst, values)
+    if reduce_res is not None:
+        reduce_res = column(what, "reduce_res", reduce_res, data.shape[0])
+        put(what, reduce_res, -total if reduce_res_negate else total, "reduce_res")
+    issue("tensor_scalar_reduce", "vector", cost_model.cycles(data.free_size) + cost_model.ACCUMULATOR_READ, dst, data, reduce_res)
+    return _DONE
+
+
+def _accumulate(what: str, on: str, by: str, values: np.ndarray, cmd: Any, initial: Any = None) -> np.ndarray:
+    """Reduce `values` into the accumulator registers of engine `on`, as `cmd` says; returns their content."""
+    registers = _machine.current().registers
+    partitions = values.shape[0]
+    check((initial is not None) == (cmd == reduce_cmd.load_reduce), what, "reduce_init",
+          "a value with reduce_cmd.load_reduce, and only then", f"{initial} with {cmd}")  # fmt: skip
+    if cmd in (reduce_cmd.reset_reduce, reduce_cmd.reset):
+        start: Any = np.full(hardware.PARTITIONS, ops.IDENTITY[by], np.float32)
+    elif cmd == reduce_cmd.load_reduce:
+        start = np.zeros(hardware.PARTITIONS, np.float32)
+        start[:partitions] = np.broadcast_to(scalar(what, "reduce_init", initial, partitions), (partitions, 1))[:, 0]
+    else:
+        start = registers.get(on)
+        check(start is not None, what, "reduce_cmd", "a reset before the first reduce", cmd)
+        start = start.copy()
+    if cmd in (reduce_cmd.reduce, reduce_cmd.reset_reduce, reduce_cmd.load_reduce):
+        with np.errstate(all="ignore"):
+            start[:partitions] = ops.ARITHMETIC[by](start[:partitions], ops.reduce(by, values))
+    registers[on] = start
+    return start[:partitions].copy()
+
+
+def reciprocal(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> NkiInstruction:
+    """``dst = 1 / data`` on VectorE."""
+    what = "nki.isa.reciprocal"
+    dst, data = tile(what, "dst", dst), tile(what, "data", data)
+    same_partitions(what, dst, data=data)
+    put(what, dst, _compute("reciprocal", numbers(what, "data", data), None))
+    issue("reciprocal", "vector", cost_model.cycles(cost_model.VECTOR_RECIPROCAL * data.free_size), dst, data)
+    return _DONE
+
+
+# -- ScalarE ----------------------------------------------------------------------------------------
+
+
+def activation(
+    dst: NkiTensor,
+    op: Any,
+    data: NkiTensor,
+    bias: Any = None,
+    scale: Any = 1.0,
+    reduce_op: Any = None,
+    reduce_res: NkiTensor | None = None,
+    reduce_cmd: Any = reduce_cmd.idle,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = op(data * scale + bias)`` on ScalarE, and a sum of that over the free dimensions on request.
+
+    An input outside the range where the engine's polynomial is valid gives NaN.
+    """
+    what = "nki.isa.activation"
+    function = operator(what, "op", op, ops.ACTIVATION)
+    dst, data = tile(what, "dst", dst), tile(what, "data", data)
+    same_partitions(what, dst, data=data)
+    values = numbers(what, "data", data)
+    factor = scalar(what, "scale", scale, data.shape[0])
+    if isinstance(scale, NkiTensor) or scale != 1.0:
+        values = values * factor
+    if bias is not None:
+        values = values + scalar(what, "bias", bias, data.shape[0], _BIAS)
+    with np.errstate(all="ignore"):
+        result = ops.ACTIVATION[function](values)
+    if function in ops.ACTIVATION_RANGE:
+        low, high = ops.ACTIVATION_RANGE[function]
+        size = np.abs(values) if function == "reciprocal" else values
+        result = np.where((size >= low) & (size <= high), result, np.float32(np.nan))
+    if reduce_op is not None:
+        operator(what, "reduce_op", reduce_op, {"add": 0})
+    check(reduce_op is not None or reduce_cmd in (_R.idle, _R.reset), what, "reduce_op", "nl.add", reduce_op)
+    check(reduce_cmd != _R.load_reduce, what, "reduce_cmd", "idle, reset, reduce or reset_reduce", reduce_cmd)
+    put(what, dst, result)
+    read_out = 0
+    if reduce_cmd != _R.idle or reduce_res is not None:
+        total = _accumulate(what, "scalar", "add", result, reduce_cmd)
+        if reduce_res is not None:
+            put(what, column(what, "reduce_res", reduce_res, data.shape[0]), total, "reduce_res")
+            read_out = cost_model.ACCUMULATOR_READ
+    issue("activation", "scalar", cost_model.cycles(data.free_size) + read_out, dst, data, reduce_res)
+    return _DONE
+
+
+_BIAS = tuple(name for name in dtypes.NUMPY if name != "tfloat32")
+
+
+def activation_reduce(
+    dst: NkiTensor,
+    op: Any,
+    data: NkiTensor,
+    reduce_op: Any,
+    reduce_res: NkiTensor | None,
+    bias: Any = None,
+    scale: Any = 1.0,
+    name: str | None = None,
+) -> NkiInstruction:
+    """:func:`activation` with ``reduce_cmd.reset_reduce``."""
+    return activation(dst, op, data, bias, scale, reduce_op, reduce_res, reduce_cmd.reset_reduce, name)
+
+
+# -- TensorE ----------------------------------------------------------------------------------------
+
+
+def nc_matmul(
+    dst: NkiTensor,
+    stationary: NkiTensor,
+    moving: NkiTensor,
+    is_stationary_onezero: bool = False,
+    is_moving_onezero: bool = False,
+    is_transpose: bool = False,
+    accumulate: bool | None = None,
+    tile_position: Sequence[int] = (),
+    tile_size: Sequence[int] = (),
+    perf_mode: Any = matmul_perf_mode.none,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst (+)= stationary.T @ moving``; contraction along the partitions (and a first free dimension of 2
+    with ``double_row``), accumulation in fp32 in PSUM."""
+    what = "nki.isa.nc_matmul"
+    dst = tile(what, "dst", dst, ("psum",))
+    double = perf_mode == matmul_perf_mode.double_row
+    floats = _MATMUL_FLOATS[:2] if double else (*_MATMUL_FLOATS, *_WIDE_FLOATS)
+    stationary = tile(what, "stationary", stationary, ("sbuf",), floats)
+    moving = tile(what, "moving", moving, ("sbuf",), floats)
+    wide = [t.dtype in _WIDE_FLOATS for t in (stationary, moving)]
+    check(wide[0] == wide[1], what, "moving", "fp32/tf32 only together with fp32/tf32", (stationary, moving))
+    check(
+        dst.dtype == "float32" or (is_transpose and dst.dtype == stationary.dtype),
+        what, "dst", "float32 (or stationary's dtype with is_transpose)", dst,
+    )  # fmt: skip
+    check(not (is_transpose and double), what, "perf_mode", "none with is_transpose", perf_mode)
+    columns, elements = _matmul_free(what, stationary, double), _matmul_free(what, moving, double)
+    rows, width = _matmul_tiling(what, stationary, tile_position, tile_size, double)
+    k = stationary.shape[0]
+    check(moving.shape[0] == k, what, "moving", f"{k} partitions, as stationary", moving)
+    check(k <= rows, what, "stationary", f"at most {rows} partitions", k)
+    check(columns <= width, what, "stationary", f"a free size of at most {width}", columns)
+    limit = hardware.MATMUL_MOVING_FREE
+    check(elements <= limit, what, "moving", f"a free size of at most {limit}", elements)
+    fits = dst.shape[0] == columns and dst.free_size == elements
+    check(fits, what, "dst", f"{columns} partitions of {elements} elements", dst)
+    _inside_bank(what, dst)
+    left = numbers(what, "stationary", stationary).reshape(-1, columns)
+    right = numbers(what, "moving", moving).reshape(-1, elements)
+    with np.errstate(all="ignore"):
+        product = left.T @ right
+    _accumulate_psum(what, dst, product, accumulate)
+    issue("nc_matmul", "tensor", cost_model.matmul_cycles(columns, elements, stationary.dtype), dst, stationary, moving)
+    return _DONE
+
+
+def _matmul_free(what: str, t: NkiTensor, double: bool) -> int:
+    if not double:
+        return t.free_size
+    check(t.ndim >= 3 and t.shape[1] == 2, what, "perf_mode", "operands [partitions, 2, free] (double_row)", t)
+    return t.free_size // 2
+
+
+def _matmul_tiling(what: str, stationary: NkiTensor, position: Any, size: Any, double: bool) -> tuple[int, int]:
+    """Rows and columns of the PE array this matmul may use."""
+    check(bool(position) == bool(size), what, "tile_position, tile_size", "both or neither", (position, size))
+    if not size:
+        return hardware.PARTITIONS, hardware.MATMUL_STATIONARY_FREE
+    rows, columns = size
+    check(rows in (32, 64, 128) and columns in (32, 64, 128), what, "tile_size", "sizes 32, 64 or 128", size)
+    check(not (double and columns != 128), what, "tile_size", "no column tiling with double_row", size)
+    inside = all(p % s == 0 and 0 <= p and p + s <= 128 for p, s in zip(position, size))
+    check(inside, what, "tile_position", f"multiples of {tuple(size)} inside 128 x 128", position)
+    return rows, columns
+
+
+def _inside_bank(what: str, dst: NkiTensor) -> None:
+    reach = sum((n - 1) * s for n, s in zip(dst.shape[1:], dst.strides[1:])) * dst.itemsize
+    start = dst.storage.base % hardware.PSUM_BYTES + dst.offset * dst.itemsize % dst.storage.row
+    bank = hardware.PSUM_BANK_BYTES
+    inside = start // bank == (start + reach + dst.itemsize - 1) // bank
+    check(inside, what, "dst", f"one PSUM bank of {bank} B", f"bytes {start} to {start + reach + dst.itemsize}")
+
+
+def _accumulate_psum(what: str, dst: NkiTensor, product: np.ndarray, accumulate: bool | None) -> None:
+    """Overwrite or add to PSUM; adding needs a location that a matmul initialized."""
+    memory, where = dst.storage.memory, dst.where()
+    if memory.matmul is None:
+        memory.matmul = np.zeros(memory.data.nbytes, np.uint8)
+    started = where.of(memory.matmul)
+    if accumulate is None:
+        accumulate = bool(started.any()) or memory.unwritten(where) < where.count
+    if accumulate:
+        check(
+            bool(started.all()), what, "accumulate",
+            "False for the first matmul into a PSUM location (one that nothing else has written since)",
+            "True" if accumulate else "None on a location that was written",
+        )  # fmt: skip
+        product = product + dst.array().astype(np.float32).reshape(product.shape)
+    put(what, dst, product.reshape(dst.shape))
+    where.of(memory.matmul)[...] = 1
+
+
+def nc_transpose(
+    dst: NkiTensor, data: NkiTensor, engine: Any = engine.unknown, name: str | None = None
+) -> NkiInstruction:
+    """``dst = data.T``, partitions against flattened free dimensions; bit-accurate."""
+    what = "nki.isa.nc_transpose"
+    check(isinstance(dst, NkiTensor), what, "dst", "a tensor", dst)
+    default = _E.tensor if dst.buffer == "psum" else _E.vector
+    on = _engine(what, engine, default, _E.tensor, _E.vector)
+    if on == "tensor":
+        dst, data = tile(what, "dst", dst, ("psum",)), tile(what, "data", data, ("sbuf",))
+        limit = hardware.TENSOR_TRANSPOSE
+        if data.itemsize == 1:
+            raise NotImplementedError(f"{what}: 8-bit data on TensorE (PSUM receives 16-bit elements)")
+    else:
+        dst, data = tile(what, "dst", dst), tile(what, "data", data)
+        limit = hardware.VECTOR_TRANSPOSE
+    check(dst.dtype == data.dtype, what, "dst", f"data's dtype {data.dtype}", dst)
+    p, f = data.shape[0], data.free_size
+    check(p <= limit and f <= limit, what, "data", f"at most [{limit}, {limit}] on {on}", (p, f))
+    check((dst.shape[0], dst.free_size) == (f, p), what, "dst", f"shape ({f}, {p})", dst)
+    put_bits(what, dst, np.ascontiguousarray(bits(what, "data", data).T))
+    cycles = cost_model.matmul_cycles(f, p, data.dtype, transpose=True) if on == "tensor" else cost_model.cycles(f)
+    issue("nc_transpose", on, cycles, dst, data)
+    return _DONE
+
+
+# -- registers --------------------------------------------------------------------------------------
+
+
+def register_alloc(x: int | None = None) -> VirtualRegister:
+    """A register, holding `x` if given."""
+    return VirtualRegister(x)
+
+
+def register_move(dst: VirtualRegister, src: Any) -> None:
+    """Put a constant or another register's value into `dst`."""
+    _writable("nki.isa.register_move", dst).value = src.read() if isinstance(src, VirtualRegister) else int(src)
+
+
+def register_load(dst: VirtualRegister, src: NkiTensor) -> None:
+    """Load the single element of `src` into `dst`."""
+    what = "nki.isa.register_load"
+    src = tensor(what, "src", src, DMA_MEMORY)
+    check(src.size == 1, what, "src", "one element", src)
+    _writable(what, dst).value = int(src.read(what, "src").reshape(-1)[0])
+
+
+def register_store(dst: NkiTensor, src: VirtualRegister) -> None:
+    """Store a register in the single element of `dst`."""
+    what = "nki.isa.register_store"
+    dst = tensor(what, "dst", dst, DMA_MEMORY)
+    check(dst.size == 1, what, "dst", "one element", dst)
+    put_bits(what, dst, np.array(src.read()))
+
+
+def _writable(what: str, register: Any) -> VirtualRegister:
+    ok = isinstance(register, VirtualRegister) and not register.frozen
+    check(ok, what, "dst", "a register that is no loop counter", register)
+    return register
+
+
+_E = engine
+_R = reduce_cmd
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise NotImplementedError(f"nki.isa.{name} is not covered by this simulator")
