@@ -31,7 +31,9 @@ def kernel_line() -> str:
 
 def fail(instruction: str, operand: str, expected: str, got: Any) -> NoReturn:
     """Raise :class:`NkiSimulationError` for `operand` of `instruction`."""
-    raise NkiSimulationError(f"{instruction}: {operand}: expected {expected}, got {got}\n  at {kernel_line()}")
+    raise NkiSimulationError(
+        f"{instruction}: {operand}: expected {expected}, got {got}\n  at {kernel_line()}"
+    )
 
 
 def check(condition: bool, instruction: str, operand: str, expected: str, got: Any) -> None:

@@ -15,9 +15,10 @@ from .errors import NkiSimulationError, fail, kernel_line
 class Pool:
     """Live bytes per partition of SBUF or PSUM, and the highest they rose."""
 
-    def __init__(self, name: str, capacity: int) -> None:
+    def __init__(self, name: str, capacity: int, unit: int = 1) -> None:
         self.name = name
         self.capacity = capacity
+        self.unit = unit  # tensors placed by the compiler take multiples of it
         self.reserved = 0  # high-water mark of tensors placed by explicit address
         self.used = 0  # of tensors placed by the compiler
         self.peak = 0
@@ -26,6 +27,7 @@ class Pool:
 
     def take(self, key: int, nbytes: int, label: str) -> None:
         """Count `nbytes` per partition for tensor `key`; error when the memory is full."""
+        nbytes = -(-nbytes // self.unit) * self.unit
         if self.reserved + self.used + nbytes > self.capacity:
             gc.collect()  # tensors in reference cycles are dead too
         total = self.reserved + self.used + nbytes
@@ -76,7 +78,7 @@ class Machine:
         self.shared = shared
         self.cost = cost
         self.sbuf = Pool("SBUF", hardware.SBUF_BYTES)
-        self.psum = Pool("PSUM", hardware.PSUM_BYTES)
+        self.psum = Pool("PSUM", hardware.PSUM_BYTES, hardware.PSUM_BANK_BYTES)
         self.arenas: dict[str, Any] = {}
         self.registers: dict[str, Any] = {}
         self.shared_allocations = 0

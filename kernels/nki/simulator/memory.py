@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from . import hardware
 from . import machine as _machine
 from .errors import fail
 
@@ -108,7 +109,11 @@ class Where:
     def of(self, data: np.ndarray) -> np.ndarray:
         """The window on `data`, byte by byte."""
         return np.ndarray(
-            (*self.shape, self.itemsize), np.uint8, buffer=data, offset=self.offset, strides=(*self.strides, 1)
+            (*self.shape, self.itemsize),
+            np.uint8,
+            buffer=data,
+            offset=self.offset,
+            strides=(*self.strides, 1),
         )
 
     def covers(self, nbytes: int) -> bool:
@@ -117,20 +122,32 @@ class Where:
 
 
 class Storage:
-    """One allocation: a :class:`Memory`, or a placed rectangle of an arena."""
+    """One allocation: a :class:`Memory` of its own, or a placed rectangle of an :class:`Arena`."""
 
-    def __init__(
-        self, buffer: str, partitions: int, row: int, memory: Memory, base: int = 0, pitch: int | None = None
-    ) -> None:
-        self.buffer, self.partitions, self.row = buffer, partitions, row
-        self.memory, self.base, self.pitch = memory, base, row if pitch is None else pitch
-        self.start_partition = 0
+    def __init__(self, buffer: str, partitions: int, row: int, memory: Memory, label: str = "") -> None:
+        self.buffer, self.partitions, self.row, self.memory, self.label = (
+            buffer,
+            partitions,
+            row,
+            memory,
+            label,
+        )
+        self.pitch = row
+        self.base = 0
+        self.address: tuple[int, int] | None = None
         self._pool: Any = None
 
-    def counted_in(self, pool: Any, label: str) -> Storage:
+    def counted_in(self, pool: Any) -> Storage:
         """Count this storage in `pool` until it is garbage."""
-        pool.take(id(self), self.row, label)
+        pool.take(id(self), self.row, self.label)
         self._pool = pool
+        return self
+
+    def placed_in(self, arena: Arena, address: tuple[int, int]) -> Storage:
+        """Put this storage at ``(partition, byte)`` of `arena`."""
+        self.memory, self.address, self.pitch = arena.memory, address, arena.pitch
+        self.base = address[0] * arena.pitch + address[1]
+        self._arena, self._token = arena, arena.register(self.label)
         return self
 
     def __del__(self) -> None:
@@ -141,41 +158,92 @@ class Storage:
     def on_chip(self) -> bool:
         return self.buffer in ("sbuf", "psum")
 
+    @property
+    def start_partition(self) -> int:
+        """Partition it was placed on; 0 where the compiler places it."""
+        return self.address[0] if self.address else 0
+
     def where(self, shape: tuple[int, ...], strides: Strides, offset: int, itemsize: int) -> Where:
         """Byte window of a view given in elements."""
         if not self.on_chip:
-            return Where(shape, tuple(s * itemsize for s in strides), self.base + offset * itemsize, itemsize)
+            return Where(shape, tuple(s * itemsize for s in strides), offset * itemsize, itemsize)
         partition, byte = divmod(offset * itemsize, self.row)
         steps = [s * itemsize for s in strides]
         steps[0] = steps[0] // self.row * self.pitch
         return Where(shape, tuple(steps), self.base + partition * self.pitch + byte, itemsize)
 
+    def claim(self, where: Where) -> None:
+        """This storage wrote `where`: of tensors placed over one another, the bytes are its own now."""
+        if self.address is not None:
+            self._arena.owner[self._arena.cells(where)] = self._token
+
+    def overwritten(self, where: Where) -> str:
+        """Label of a tensor placed over this one that wrote some of `where` last, or nothing."""
+        if self.address is None:
+            return ""
+        owners = self._arena.owner[self._arena.cells(where)]
+        foreign = owners[owners != self._token]
+        return self._arena.labels[foreign.flat[0]] if foreign.size else ""
+
+
+class Arena:
+    """All of SBUF or PSUM, for tensors placed by address; knows which of them wrote a byte last.
+
+    Ownership is kept per byte of the row and quadrant of 32 partitions, the grain of start partitions.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.pitch = capacity
+        self.memory = Memory(np.empty(128 * capacity, np.uint8), written=False)
+        self.owner = np.zeros((4, capacity), np.int32)
+        self.labels = ["nothing"]
+
+    def register(self, label: str) -> int:
+        """A token for a newly placed tensor."""
+        self.labels.append(label)
+        return len(self.labels) - 1
+
+    def cells(self, where: Where) -> tuple[slice, slice]:
+        """Quadrants and bytes that `where` touches."""
+        partition, byte = divmod(where.offset, self.pitch)
+        reach = sum((n - 1) * s for n, s in zip(where.shape[1:], where.strides[1:])) + where.itemsize
+        return slice(partition // 32, (partition + where.shape[0] - 1) // 32 + 1), slice(byte, byte + reach)
+
 
 def allocate(
     buffer: str, partitions: int, row: int, label: str, address: tuple[int, int] | None = None
 ) -> Storage:
-    """A new storage on the current machine: `partitions` rows of `row` bytes."""
+    """A new storage on the current machine: `partitions` rows of `row` bytes.
+
+    On chip and without `address` it counts as live until it is garbage; PSUM counts whole banks.
+    """
     here = _machine.current()
-    if buffer in ("sbuf", "psum"):
-        pool = here.sbuf if buffer == "sbuf" else here.psum
-        if address is not None:
-            return _place(here, pool, buffer, partitions, row, address)
-        memory = Memory(np.empty(partitions * row, np.uint8), written=False)
-        return Storage(buffer, partitions, row, memory).counted_in(pool, label)
-    programs = math.prod(here.grid) if buffer == "shared_hbm" else 1
-    return Storage(buffer, 1, row, Memory(np.empty(row, np.uint8), written=False, programs=programs))
+    if buffer not in ("sbuf", "psum"):
+        programs = math.prod(here.grid) if buffer == "shared_hbm" else 1
+        memory = Memory(np.empty(row, np.uint8), written=False, programs=programs)
+        return Storage(buffer, 1, row, memory, label)
+    pool = here.sbuf if buffer == "sbuf" else here.psum
+    if address is not None:
+        return _place(here, pool, buffer, partitions, row, label, address)
+    memory = Memory(np.empty(partitions * row, np.uint8), written=False)
+    return Storage(buffer, partitions, row, memory, label).counted_in(pool)
 
 
 def _place(
-    here: Any, pool: Any, buffer: str, partitions: int, row: int, address: tuple[int, int]
+    here: Any, pool: Any, buffer: str, partitions: int, row: int, label: str, address: tuple[int, int]
 ) -> Storage:
     start, byte = address
-    if start < 0 or start + partitions > 128 or byte < 0:
+    if start < 0 or start + partitions > hardware.PARTITIONS or byte < 0:
         fail("nki.language.ndarray", "address", "partitions within 0..127 and a byte >= 0", address)
+    if buffer == "psum" and byte % hardware.PSUM_BANK_BYTES:
+        fail(
+            "nki.language.ndarray",
+            "address",
+            f"the start of a PSUM bank ({hardware.PSUM_BANK_BYTES} B)",
+            byte,
+        )
     pool.reserve(byte + row)
     arena = here.arenas.get(buffer)
     if arena is None:
-        arena = here.arenas[buffer] = Memory(np.empty(128 * pool.capacity, np.uint8), written=False)
-    storage = Storage(buffer, partitions, row, arena, start * pool.capacity + byte, pool.capacity)
-    storage.start_partition = start
-    return storage
+        arena = here.arenas[buffer] = Arena(pool.capacity)
+    return Storage(buffer, partitions, row, arena.memory, label).placed_in(arena, address)

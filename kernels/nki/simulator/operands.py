@@ -102,9 +102,7 @@ def scalar(
 ) -> Any:
     """A constant as fp32, or the ``[partitions, 1]`` column of a tile."""
     if isinstance(value, NkiTensor):
-        return numbers(
-            instruction, operand, column(instruction, operand, value, partitions, dtype=dtype)
-        )
+        return numbers(instruction, operand, column(instruction, operand, value, partitions, dtype=dtype))
     check(
         isinstance(value, (int, float, np.number)) and not isinstance(value, bool),
         instruction, operand, f"a number or a tile of shape ({partitions}, 1)", value,
@@ -128,8 +126,9 @@ def operator(instruction: str, operand: str, op: Any, *tables: dict[str, Any]) -
     """The name of operator `op`, which one of `tables` must hold."""
     names = sorted(name for table in tables for name in table)
     check(isinstance(op, Operator), instruction, operand, "an operator of nki.language such as nl.add", op)
-    check(op.__name__ in names, instruction, operand, f"one of {', '.join(names)}", op)
-    return op.__name__
+    name = {"max": "maximum", "min": "minimum"}.get(op.__name__, op.__name__)
+    check(name in names, instruction, operand, f"one of {', '.join(names)}", op)
+    return name
 
 
 def issue(name: str, engine: str, cycles: float, *operands: Any) -> None:

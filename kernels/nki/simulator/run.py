@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -93,10 +93,13 @@ def as_nki() -> Iterator[Any]:
 
 
 def _real_nki(kernel: Any) -> Any:
-    """The Neuron SDK's ``nki`` if it is installed and `kernel` was made by its ``jit``."""
-    if isinstance(kernel, Kernel) or not type(kernel).__module__.split(".")[0] == "nki":
+    """The Neuron SDK's ``nki`` if `kernel` was made by its ``jit`` or is a function that refers to it."""
+    if isinstance(kernel, Kernel):
         return None
-    return importlib.import_module("nki") if importlib.util.find_spec("nki") else None
+    used = [v.__name__ for v in getattr(kernel, "__globals__", {}).values() if isinstance(v, ModuleType)]
+    if "nki" not in {name.split(".")[0] for name in (type(kernel).__module__, *used)}:
+        return None
+    return importlib.import_module("nki")
 
 
 def _sizes(grid: Any) -> tuple[int, ...] | None:
@@ -148,7 +151,7 @@ def _run(function: Any, args: Any, kwargs: Any, machines: list[Any], shared: Sha
                 results[m.program] = function(*args, **kwargs)
         except Aborted:
             pass
-        except BaseException as error:  # handed to the caller's thread below
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread below
             errors.append(error)
             shared.abort()
         finally:
@@ -161,6 +164,7 @@ def _run(function: Any, args: Any, kwargs: Any, machines: list[Any], shared: Sha
         thread.join()
     if errors:
         raise errors[0]
+    shared.check_met()
     return results
 
 
@@ -180,6 +184,7 @@ class Shared:
         self._turn = 0
         self._state: list[Any] = ["ready"] * programs
         self._aborted = False
+        self._stuck: list[int] = []
         self._allocations: list[tuple[tuple, Storage]] = []
 
     def allocation(self, key: tuple, make: Callable[[], Storage]) -> Storage:
@@ -223,6 +228,13 @@ class Shared:
             self._aborted = True
             self._condition.notify_all()
 
+    def check_met(self) -> None:
+        """Error if a program waited at a barrier that another never reached."""
+        if self._stuck:
+            raise NkiSimulationError(
+                f"nki.isa.core_barrier: expected every program at the same barrier, got only programs {self._stuck}"
+            )
+
     def finish(self) -> None:
         """All programs have ended: nothing races with the host."""
         for _, storage in self._allocations:
@@ -233,8 +245,8 @@ class Shared:
         if ready:
             self._turn = ready[0]
         elif not all(state == "done" for state in self._state):
+            self._stuck = [p for p, state in enumerate(self._state) if state != "done"]
             self._aborted = True
-            self._deadlock = True
         self._condition.notify_all()
 
 

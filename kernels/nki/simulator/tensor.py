@@ -121,6 +121,11 @@ class NkiTensor(NKIObject):
         """Partition the view starts on."""
         return self.storage.start_partition + self.offset * self.itemsize // self.storage.row
 
+    @property
+    def address(self) -> tuple[int, int] | None:
+        """``(partition, byte)`` of a tensor placed by address."""
+        return self.storage.address
+
     def __repr__(self) -> str:
         label = f"{self.name!r} " if self.name else ""
         return f"<{label}{self.buffer} {self.dtype}{list(self.shape)}>"
@@ -317,14 +322,12 @@ class NkiTensor(NKIObject):
         if sorted(flat) != sorted(names):
             fail("rearrange", "dst_pattern", f"the names {names}", dst_pattern)
         result = result.permute([names.index(n) for n in flat])
-        dim = 0
-        for group in dst_pattern:
+        for dim, group in enumerate(dst_pattern):
             if not isinstance(group, str) and len(group) > 1:
                 merged = math.prod(result.shape[dim : dim + len(group)])
                 shape = (*result.shape[:dim], merged, *result.shape[dim + len(group) :])
                 result._partition_stays("rearrange", "dst_pattern", dim != 0, dst_pattern)
                 result = result._reshaped("rearrange", shape)
-            dim += 1
         return result
 
     def view(self, dtype: Any) -> NkiTensor:
@@ -370,7 +373,9 @@ class NkiTensor(NKIObject):
             fail("ap", "scalar_offset, vector_offset", "at most one of them", "both")
         row = self.storage.row // size
         if self.on_chip and strides[0] != row and shape[0] > 1:
-            fail("ap", "pattern[0]", f"the partition stride {row}: whole rows one after the other", pattern[0])
+            fail(
+                "ap", "pattern[0]", f"the partition stride {row}: whole rows one after the other", pattern[0]
+            )
         result = NkiTensor(
             shape, name, self.storage, self.buffer, self.name, strides=strides, offset=start,
             base_shape=self.base_shape,
@@ -388,7 +393,12 @@ class NkiTensor(NKIObject):
         raise NotImplementedError("NkiTensor.indirect: tensor indirection exists from NeuronCore-v4 on only")
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        fail("assignment", "tensor[...] = value", "an instruction that writes, such as nki.isa.tensor_copy", key)
+        fail(
+            "assignment",
+            "tensor[...] = value",
+            "an instruction that writes, such as nki.isa.tensor_copy",
+            key,
+        )
 
     def _partition_stays(self, what: str, operand: str, ok: bool, got: Any) -> None:
         vector = self._indirect is not None and self._indirect.vector
@@ -434,6 +444,14 @@ class NkiTensor(NKIObject):
         missing = memory.unwritten(where)
         if missing:
             fail(instruction, operand, "memory that was written", f"{missing} unwritten bytes of {self!r}")
+        other = self.storage.overwritten(where)
+        if other:
+            fail(
+                instruction,
+                operand,
+                f"{self!r} as it was written",
+                f"bytes that {other}, placed over it, wrote",
+            )
         try:
             memory.note_read(where, _machine.current().program)
         except Hazard as hazard:
@@ -449,6 +467,7 @@ class NkiTensor(NKIObject):
             memory.note_write(where, _machine.current().program)
         except Hazard as hazard:
             fail(instruction, operand, "no race on shared HBM", hazard)
+        self.storage.claim(where)
         target = self.array()
         target[...] = values.reshape(target.shape) if isinstance(values, np.ndarray) else values
 

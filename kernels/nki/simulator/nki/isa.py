@@ -18,7 +18,6 @@ from ..errors import NkiSimulationError as NkiValidationError
 from ..errors import check, fail
 from ..operands import (
     DMA_MEMORY,
-    ON_CHIP,
     bits,
     column,
     issue,
@@ -195,7 +194,75 @@ def _indirect_copy(what: str, dst: NkiTensor, src: NkiTensor, oob: Any, mode: An
             line.write(what, "dst", _cast(src.slice(0, p, p + 1).read(what, "src"), src.dtype, dst.dtype))
 
 
-def memset(dst: NkiTensor, value: Any, engine: Any = engine.unknown, name: str | None = None) -> NkiInstruction:
+def dma_transpose(
+    dst: NkiTensor,
+    src: NkiTensor,
+    axes: Sequence[int] | None = None,
+    priority: int | None = None,
+    dge_mode: Any = dge_mode.unknown,
+    oob_mode: Any = oob_mode.error,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = src.transpose(axes)`` into SBUF: first and last dimension swap, bit-accurate."""
+    what = "nki.isa.dma_transpose"
+    dst, src = tensor(what, "dst", dst, ("sbuf",)), tensor(what, "src", src, DMA_MEMORY)
+    if src.is_indirect():
+        raise NotImplementedError(f"{what} with an indirect src (gather transpose)")
+    order = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}.get(src.ndim)
+    check(order is not None, what, "src", "2, 3 or 4 dimensions", src)
+    check(axes is None or tuple(axes) == order, what, "axes", f"{order}", axes)
+    check(priority is None, what, "priority", "None (NeuronCore-v4 and later)", priority)
+    check(dge_mode in (_G.unknown, _G.hwdge), what, "dge_mode", "unknown or hwdge", dge_mode)
+    check(dst.dtype == src.dtype, what, "dst", f"src's dtype {src.dtype}", dst)
+    sizes = (2,) if dge_mode == _G.hwdge else (2, 4)
+    check(src.itemsize in sizes, what, "src", f"a dtype of {' or '.join(map(str, sizes))} bytes", src)
+    if dge_mode == _G.hwdge:
+        rows, columns = src.shape[0], src.shape[-1]
+        whole = rows == 16 if src.ndim == 2 else rows in (1, 2, 4, 8, 16) and rows * src.shape[-2] % 16 == 0
+        check(
+            whole, what, "src", "hwdge's shape[0]: 16 (2-D), or 1, 2, 4, 8, 16 with shape[-2] making 16", src
+        )
+        check(columns <= 128, what, "src", "hwdge's shape[-1]: at most 128", columns)
+    turned = tuple(src.shape[axis] for axis in order or ())
+    check(dst.shape == turned, what, "dst", f"shape {turned}", dst)
+    dst.write(what, "dst", src.read(what, "src").transpose(order))
+    on_chip = hardware.DMA_TRANSPOSE_ON_CHIP if src.on_chip else hardware.DMA_TRANSPOSE_FROM_HBM
+    cost_model.dma("dma_transpose", dst, [src], on_chip)
+    return _DONE
+
+
+def dma_compute(
+    dst: NkiTensor,
+    srcs: Sequence[NkiTensor],
+    reduce_op: Any,
+    scales: Sequence[float] | None = None,
+    unique_indices: bool = True,
+    oob_mode: Any = oob_mode.error,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = srcs[0] + srcs[1] + ...`` in fp32 inside the DMA engines, between HBM and SBUF."""
+    what = "nki.isa.dma_compute"
+    operator(what, "reduce_op", reduce_op, {"add": 0})
+    check(1 <= len(srcs) <= hardware.DMA_COMPUTE_SOURCES, what, "srcs", "1 to 16 tensors", len(srcs))
+    ones = scales is None or (len(scales) == len(srcs) and all(s == 1.0 for s in scales))
+    check(ones, what, "scales", "None or 1.0 for each source", scales)
+    dst = tensor(what, "dst", dst, DMA_MEMORY)
+    sources = [tensor(what, f"srcs[{i}]", src, DMA_MEMORY) for i, src in enumerate(srcs)]
+    if any(t.is_indirect() for t in (dst, *sources)):
+        raise NotImplementedError(f"{what} with vector_offset (read-modify-write)")
+    total: Any = None
+    for i, src in enumerate(sources):
+        check(src.size == dst.size, what, f"srcs[{i}]", f"as many elements as dst ({dst.size})", src.size)
+        values = dtypes.to_float32(src.read(what, f"srcs[{i}]"), src.dtype).reshape(dst.shape)
+        total = values if total is None else total + values
+    dst.write(what, "dst", dtypes.from_float32(total, dst.dtype))
+    cost_model.dma("dma_compute", dst, sources)
+    return _DONE
+
+
+def memset(
+    dst: NkiTensor, value: Any, engine: Any = engine.unknown, name: str | None = None
+) -> NkiInstruction:
     """Fill `dst` with a constant."""
     what = "nki.isa.memset"
     on = _engine(what, engine, _E.vector, _E.vector, _E.gpsimd)
@@ -300,7 +367,9 @@ def tensor_scalar(
         (values,) = _integers(what, data=data, dst=dst)
         for op, label, operand, reverse in steps:
             other = _bit_operand(what, label, operand, data)
-            values = ops.BITVEC[op](*((values,) if op == "invert" else (values, other)[:: -1 if reverse else 1]))
+            values = ops.BITVEC[op](
+                *((values,) if op == "invert" else (values, other)[:: -1 if reverse else 1])
+            )
         put_bits(what, dst, values)
     else:
         values = numbers(what, "data", data)
@@ -325,7 +394,13 @@ def _tensor_scalar_engine(what: str, given: Any, first: str, second: str | None)
 
 def _operand(what: str, label: str, op: str, value: Any, data: NkiTensor) -> Any:
     if op in ops.UNARY:
-        check(value is None or (not isinstance(value, NkiTensor) and value == 0), what, label, "None or 0", value)
+        check(
+            value is None or (not isinstance(value, NkiTensor) and value == 0),
+            what,
+            label,
+            "None or 0",
+            value,
+        )
         return None
     return scalar(what, label, value, data.shape[0])
 
@@ -392,9 +467,19 @@ def scalar_tensor_tensor(
     same_partitions(what, dst, data=data, operand1=operand1)
     both = data.buffer == operand1.buffer == "psum"
     check(not both, what, "data, operand1", "at most one of them in PSUM", "both in PSUM")
-    step = _compute(first, numbers(what, "data", data), _operand(what, "operand0", first, operand0, data), reverse0)
+    step = _compute(
+        first, numbers(what, "data", data), _operand(what, "operand0", first, operand0, data), reverse0
+    )
     put(what, dst, _compute(second, step, numbers(what, "operand1", operand1), reverse1))
-    issue("scalar_tensor_tensor", "vector", 2 * cost_model.cycles(data.free_size), dst, data, operand0, operand1)
+    issue(
+        "scalar_tensor_tensor",
+        "vector",
+        cost_model.pair_cycles("", dst, data, operand1),
+        dst,
+        data,
+        operand0,
+        operand1,
+    )
     return _DONE
 
 
@@ -424,7 +509,14 @@ def tensor_scalar_reduce(
     if reduce_res is not None:
         reduce_res = column(what, "reduce_res", reduce_res, data.shape[0])
         put(what, reduce_res, -total if reduce_res_negate else total, "reduce_res")
-    issue("tensor_scalar_reduce", "vector", cost_model.cycles(data.free_size) + cost_model.ACCUMULATOR_READ, dst, data, reduce_res)
+    issue(
+        "tensor_scalar_reduce",
+        "vector",
+        cost_model.cycles(data.free_size) + cost_model.ACCUMULATOR_READ,
+        dst,
+        data,
+        reduce_res,
+    )
     return _DONE
 
 
@@ -438,7 +530,9 @@ def _accumulate(what: str, on: str, by: str, values: np.ndarray, cmd: Any, initi
         start: Any = np.full(hardware.PARTITIONS, ops.IDENTITY[by], np.float32)
     elif cmd == reduce_cmd.load_reduce:
         start = np.zeros(hardware.PARTITIONS, np.float32)
-        start[:partitions] = np.broadcast_to(scalar(what, "reduce_init", initial, partitions), (partitions, 1))[:, 0]
+        start[:partitions] = np.broadcast_to(
+            scalar(what, "reduce_init", initial, partitions), (partitions, 1)
+        )[:, 0]
     else:
         start = registers.get(on)
         check(start is not None, what, "reduce_cmd", "a reset before the first reduce", cmd)
@@ -450,6 +544,35 @@ def _accumulate(what: str, on: str, by: str, values: np.ndarray, cmd: Any, initi
     return start[:partitions].copy()
 
 
+def tensor_tensor_scan(
+    dst: NkiTensor,
+    data0: NkiTensor,
+    data1: NkiTensor,
+    initial: Any,
+    op0: Any,
+    op1: Any,
+    reverse0: bool = False,
+    reverse1: bool = False,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst[i] = (data0[i] <op0> dst[i - 1]) <op1> data1[i]`` along the free dimension, from `initial` on."""
+    what = "nki.isa.tensor_tensor_scan"
+    first, second = operator(what, "op0", op0, ops.ARITHMETIC), operator(what, "op1", op1, ops.ARITHMETIC)
+    dst, data0, data1 = tile(what, "dst", dst), tile(what, "data0", data0), tile(what, "data1", data1)
+    same_partitions(what, dst, data0=data0, data1=data1)
+    both = data0.buffer == data1.buffer == "psum"
+    check(not both, what, "data0, data1", "at most one of them in PSUM", "both in PSUM")
+    x, y = numbers(what, "data0", data0), numbers(what, "data1", data1)
+    state = np.broadcast_to(scalar(what, "initial", initial, dst.shape[0]), (dst.shape[0], 1))[:, 0]
+    result = np.empty_like(x)
+    for i in range(x.shape[1]):  # each element needs the one before: the one loop that cannot be vectorized
+        state = _compute(second, _compute(first, x[:, i], state, reverse0), y[:, i], reverse1)
+        result[:, i] = state
+    put(what, dst, result)
+    issue("tensor_tensor_scan", "vector", 2 * cost_model.cycles(dst.free_size), dst, data0, data1)
+    return _DONE
+
+
 def reciprocal(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> NkiInstruction:
     """``dst = 1 / data`` on VectorE."""
     what = "nki.isa.reciprocal"
@@ -457,6 +580,139 @@ def reciprocal(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> NkiI
     same_partitions(what, dst, data=data)
     put(what, dst, _compute("reciprocal", numbers(what, "data", data), None))
     issue("reciprocal", "vector", cost_model.cycles(cost_model.VECTOR_RECIPROCAL * data.free_size), dst, data)
+    return _DONE
+
+
+# -- selection and patterns -------------------------------------------------------------------------
+
+
+def iota(
+    dst: NkiTensor,
+    pattern: Sequence[Sequence[int]],
+    offset: int = 0,
+    channel_multiplier: int = 0,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst[p, ...] = offset + p * channel_multiplier + pattern`` on GpSimdE."""
+    what = "nki.isa.iota"
+    dst = tile(what, "dst", dst, ("sbuf",))
+    values = _affine(what, dst, pattern, offset, channel_multiplier)
+    put_bits(what, dst, values) if dst.dtype in dtypes.INTEGERS else put(what, dst, values.astype(np.float32))
+    issue("iota", "gpsimd", cost_model.cycles(dst.free_size, dst), dst)
+    return _DONE
+
+
+def _affine(what: str, dst: NkiTensor, pattern: Any, offset: int, multiplier: int) -> np.ndarray:
+    """int32 ``[partitions, elements]`` of an affine pattern of up to four ``[step, count]`` pairs."""
+    counts = [int(n) for _, n in pattern]
+    check(1 <= len(counts) <= 4, what, "pattern", "1 to 4 pairs [step, count]", pattern)
+    matches = math.prod(counts) == dst.free_size
+    check(matches, what, "pattern", f"counts whose product is {dst.free_size}", pattern)
+    free = np.zeros(counts, np.int32)
+    for axis, (step, n) in enumerate(pattern):
+        shape = [1] * len(counts)
+        shape[axis] = n
+        free = free + (np.arange(n, dtype=np.int32) * np.int32(step)).reshape(shape)
+    channels = np.arange(dst.shape[0], dtype=np.int32) * np.int32(multiplier)
+    return np.int32(offset) + channels[:, None] + free.reshape(1, -1)
+
+
+def affine_select(
+    dst: NkiTensor,
+    pattern: Sequence[Sequence[int]],
+    channel_multiplier: int,
+    on_true_tile: NkiTensor,
+    on_false_value: float,
+    cmp_op: Any = None,
+    offset: int = 0,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = on_true_tile where affine pattern <cmp_op> 0, else on_false_value``, on GpSimdE."""
+    what = "nki.isa.affine_select"
+    compare = "equal" if cmp_op is None else operator(what, "cmp_op", cmp_op, _COMPARE)
+    dst = tile(what, "dst", dst, ("sbuf",))
+    on_true_tile = tile(what, "on_true_tile", on_true_tile, ("sbuf",))
+    same_partitions(what, dst, on_true_tile=on_true_tile)
+    affine = _affine(what, dst, pattern, offset, channel_multiplier)
+    chosen = ops.ARITHMETIC[compare](affine, 0) != 0
+    _select(what, dst, chosen, "on_true_tile", on_true_tile, np.float32(on_false_value))
+    issue("affine_select", "gpsimd", cost_model.cycles(dst.free_size, dst, on_true_tile), dst, on_true_tile)
+    return _DONE
+
+
+_COMPARE = {n: 0 for n in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")}
+
+
+def _select(what: str, dst: NkiTensor, chosen: np.ndarray, label: str, true: NkiTensor, false: Any) -> None:
+    values = numbers(what, label, true)
+    put(what, dst, np.where(chosen, values, false))
+
+
+def tensor_copy_predicated(
+    dst: NkiTensor,
+    src: Any,
+    predicate: NkiTensor,
+    reverse_pred: bool = False,
+    name: str | None = None,
+) -> NkiInstruction:
+    """Copy the elements of `src`, a tile or a constant, to `dst` where `predicate` holds."""
+    what = "nki.isa.tensor_copy_predicated"
+    dst = tile(what, "dst", dst)
+    predicate = tile(what, "predicate", predicate, dtype=("uint8", "uint16", "uint32"))
+    same_partitions(what, dst, predicate=predicate)
+    chosen = (bits(what, "predicate", predicate) != 0) != reverse_pred
+    if isinstance(src, NkiTensor):
+        src = tile(what, "src", src, dtype=(dst.dtype,))
+        same_partitions(what, dst, src=src)
+        both = src.buffer == predicate.buffer == "psum"
+        check(not both, what, "src, predicate", "at most one of them in PSUM", "both in PSUM")
+        values: Any = bits(what, "src", src)
+    else:
+        values = dtypes.from_float32(np.asarray(src, np.float32), dst.dtype)
+    if chosen.all():
+        old: Any = values
+    else:  # the elements left alone are read too: they must exist
+        old = bits(what, "dst", dst)
+    put_bits(what, dst, np.where(chosen, values, old))
+    issue("tensor_copy_predicated", "vector", 2 * cost_model.cycles(dst.free_size), dst, src, predicate)
+    return _DONE
+
+
+def select_reduce(
+    dst: NkiTensor,
+    predicate: NkiTensor,
+    on_true: NkiTensor,
+    on_false: Any,
+    reduce_res: NkiTensor | None = None,
+    reduce_cmd: Any = reduce_cmd.idle,
+    reduce_op: Any = None,
+    reverse_pred: bool = False,
+    name: str | None = None,
+) -> NkiInstruction:
+    """``dst = where(predicate, on_true, on_false)`` and on request its maximum over the free dimensions."""
+    what = "nki.isa.select_reduce"
+    dst = tile(what, "dst", dst)
+    predicate = tile(what, "predicate", predicate, dtype=("int8", "uint8", "int16", "uint16"))
+    allowed = tuple(n for n in dtypes.NUMPY if n not in ("tfloat32", "int32", "uint32"))
+    on_true = tile(what, "on_true", on_true, dtype=allowed)
+    same_partitions(what, dst, predicate=predicate, on_true=on_true)
+    both = on_true.buffer == predicate.buffer == "psum"
+    check(not both, what, "on_true, predicate", "at most one of them in PSUM", "both in PSUM")
+    if reduce_op is not None:
+        operator(what, "reduce_op", reduce_op, {"maximum": 0})
+    chosen = (bits(what, "predicate", predicate) != 0) != reverse_pred
+    otherwise = scalar(what, "on_false", on_false, dst.shape[0])
+    values = np.where(chosen, numbers(what, "on_true", on_true), otherwise)
+    put(what, dst, values)
+    if reduce_cmd != _R.idle:
+        total = _accumulate(what, "vector", "maximum", values, reduce_cmd)
+        if reduce_res is not None:
+            put(what, column(what, "reduce_res", reduce_res, dst.shape[0]), total, "reduce_res")
+    else:
+        check(reduce_res is None, what, "reduce_cmd", "reset_reduce or reduce with reduce_res", reduce_cmd)
+    issue(
+        "select_reduce", "vector", 2 * cost_model.cycles(dst.free_size), dst, predicate, on_true, reduce_res
+    )
     return _DONE
 
 
@@ -573,18 +829,29 @@ def nc_matmul(
     with np.errstate(all="ignore"):
         product = left.T @ right
     _accumulate_psum(what, dst, product, accumulate)
-    issue("nc_matmul", "tensor", cost_model.matmul_cycles(columns, elements, stationary.dtype), dst, stationary, moving)
+    issue(
+        "nc_matmul",
+        "tensor",
+        cost_model.matmul_cycles(columns, elements, stationary.dtype),
+        dst,
+        stationary,
+        moving,
+    )
     return _DONE
 
 
 def _matmul_free(what: str, t: NkiTensor, double: bool) -> int:
     if not double:
         return t.free_size
-    check(t.ndim >= 3 and t.shape[1] == 2, what, "perf_mode", "operands [partitions, 2, free] (double_row)", t)
+    check(
+        t.ndim >= 3 and t.shape[1] == 2, what, "perf_mode", "operands [partitions, 2, free] (double_row)", t
+    )
     return t.free_size // 2
 
 
-def _matmul_tiling(what: str, stationary: NkiTensor, position: Any, size: Any, double: bool) -> tuple[int, int]:
+def _matmul_tiling(
+    what: str, stationary: NkiTensor, position: Any, size: Any, double: bool
+) -> tuple[int, int]:
     """Rows and columns of the PE array this matmul may use."""
     check(bool(position) == bool(size), what, "tile_position, tile_size", "both or neither", (position, size))
     if not size:
@@ -602,7 +869,9 @@ def _inside_bank(what: str, dst: NkiTensor) -> None:
     start = dst.storage.base % hardware.PSUM_BYTES + dst.offset * dst.itemsize % dst.storage.row
     bank = hardware.PSUM_BANK_BYTES
     inside = start // bank == (start + reach + dst.itemsize - 1) // bank
-    check(inside, what, "dst", f"one PSUM bank of {bank} B", f"bytes {start} to {start + reach + dst.itemsize}")
+    check(
+        inside, what, "dst", f"one PSUM bank of {bank} B", f"bytes {start} to {start + reach + dst.itemsize}"
+    )
 
 
 def _accumulate_psum(what: str, dst: NkiTensor, product: np.ndarray, accumulate: bool | None) -> None:
@@ -645,8 +914,28 @@ def nc_transpose(
     check(p <= limit and f <= limit, what, "data", f"at most [{limit}, {limit}] on {on}", (p, f))
     check((dst.shape[0], dst.free_size) == (f, p), what, "dst", f"shape ({f}, {p})", dst)
     put_bits(what, dst, np.ascontiguousarray(bits(what, "data", data).T))
-    cycles = cost_model.matmul_cycles(f, p, data.dtype, transpose=True) if on == "tensor" else cost_model.cycles(f)
+    cycles = (
+        cost_model.matmul_cycles(f, p, data.dtype, transpose=True) if on == "tensor" else cost_model.cycles(f)
+    )
     issue("nc_transpose", on, cycles, dst, data)
+    return _DONE
+
+
+# -- programs of a launch grid ------------------------------------------------------------------------
+
+
+def core_barrier(
+    data: NkiTensor, cores: Sequence[int], engine: Any = engine.gpsimd, name: str | None = None
+) -> NkiInstruction:
+    """Wait until all programs are here; then what they wrote to `data` in shared HBM may be read by all."""
+    what = "nki.isa.core_barrier"
+    here = _machine.current()
+    data = tensor(what, "data", data, ("shared_hbm",))
+    programs = math.prod(here.grid)
+    check(
+        tuple(cores) == (0, 1) and programs == 2, what, "cores", "(0, 1) on a grid of 2", (cores, here.grid)
+    )
+    here.shared.barrier(here.program, data.storage)
     return _DONE
 
 
@@ -660,7 +949,9 @@ def register_alloc(x: int | None = None) -> VirtualRegister:
 
 def register_move(dst: VirtualRegister, src: Any) -> None:
     """Put a constant or another register's value into `dst`."""
-    _writable("nki.isa.register_move", dst).value = src.read() if isinstance(src, VirtualRegister) else int(src)
+    _writable("nki.isa.register_move", dst).value = (
+        src.read() if isinstance(src, VirtualRegister) else int(src)
+    )
 
 
 def register_load(dst: VirtualRegister, src: NkiTensor) -> None:
@@ -687,6 +978,7 @@ def _writable(what: str, register: Any) -> VirtualRegister:
 
 _E = engine
 _R = reduce_cmd
+_G = dge_mode
 
 
 def __getattr__(name: str) -> Any:

@@ -234,11 +234,77 @@ def device_print(print_prefix: str, tensor: NkiTensor) -> None:
     print(print_prefix, tensor.read("nki.language.device_print", "tensor"))
 
 
-_OPERATORS = {**ops.BITVEC, **ops.ARITHMETIC, **ops.UNARY, **ops.ACTIVATION}
-globals().update({name: ops.Operator(name) for name in _OPERATORS})
+def broadcast_to(x: NkiTensor, shape: Any, dtype: Any = None) -> NkiTensor:
+    """A new tile of `shape` with the values of `x` repeated along free dimensions of size 1."""
+    from . import isa
+
+    view = x
+    for dim, (have, want) in enumerate(zip(x.shape, shape)):
+        view = view if have == want else view.broadcast(dim, want)
+    result = ndarray(shape, dtype or x.dtype)
+    isa.tensor_copy(result, view)
+    return result
+
+
+def _binary(op: ops.Operator, x: Any, y: Any, dtype: Any = None) -> NkiTensor:
+    """A new SBUF tile ``x <op> y`` of tiles and constants; a ``[P, 1]`` tile is repeated along the row."""
+    from . import isa
+
+    if not isinstance(x, NkiTensor) and not isinstance(y, NkiTensor):
+        fail(repr(op), "x, y", "at least one tile", (x, y))
+    model = x if isinstance(x, NkiTensor) else y
+    if isinstance(x, NkiTensor) and isinstance(y, NkiTensor):
+        shape = tuple(np.broadcast_shapes(x.shape, y.shape))
+        wide = [t if t.shape == shape else broadcast_to(t, shape) for t in (x, y)]
+        result = ndarray(shape, dtype or model.dtype)
+        isa.tensor_tensor(result, *wide, op)
+        return result
+    result = ndarray(model.shape, dtype or model.dtype)
+    constant = y if model is x else x
+    isa.tensor_scalar(result, model, op, constant, reverse0=model is y)
+    return result
+
+
+def _unary(op: ops.Operator, x: NkiTensor, dtype: Any = None) -> NkiTensor:
+    """A new SBUF tile ``op(x)`` by ScalarE."""
+    from . import isa
+
+    result = ndarray(x.shape, dtype or x.dtype)
+    isa.activation(result, op, x)
+    return result
+
+
+def _reduction(name: str) -> Callable[..., NkiTensor]:
+    def call(
+        op: ops.Operator, x: NkiTensor, axis: Any, dtype: Any = None, keepdims: bool = False
+    ) -> NkiTensor:
+        from . import isa
+
+        axes = [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
+        kept = [1 if i in axes else n for i, n in enumerate(x.shape)]
+        result = ndarray(kept, dtype or x.dtype)
+        isa.tensor_reduce(result, _OPERATORS[name], x, axis)
+        dropped = [n for i, n in enumerate(x.shape) if i not in axes]
+        return result if keepdims or len(dropped) < 2 else result.reshape(dropped)
+
+    return call
+
+
+_CALLS: dict[str, Callable[..., NkiTensor]] = {
+    **dict.fromkeys(ops.ACTIVATION, _unary),
+    **dict.fromkeys((*ops.ARITHMETIC, *(name for name in ops.BITVEC if name != "invert")), _binary),
+    "max": _reduction("maximum"),
+    "min": _reduction("minimum"),
+    "sum": _reduction("add"),
+}
+_NAMES = {*ops.BITVEC, *ops.ARITHMETIC, *ops.UNARY, *ops.ACTIVATION, *_CALLS}
+# Reached by __getattr__, so that abs, max, min and sum stay Python's own in this module.
+_OPERATORS = {name: ops.Operator(name, _CALLS.get(name)) for name in _NAMES}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OPERATORS:
+        return _OPERATORS[name]
     if name.startswith("__"):
         raise AttributeError(name)
     raise NotImplementedError(f"nki.language.{name} is not covered by this simulator")
