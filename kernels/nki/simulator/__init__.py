@@ -8,6 +8,7 @@ What broke a rule raises :class:`NkiSimulationError`; what is not covered raises
 
 from .cost_model import CostReport
 from .errors import NkiSimulationError
+from .language_rules import check_language
 from .run import as_nki, cost, simulate
 
-__all__ = ["CostReport", "NkiSimulationError", "as_nki", "cost", "simulate"]
+__all__ = ["CostReport", "NkiSimulationError", "as_nki", "check_language", "cost", "simulate"]

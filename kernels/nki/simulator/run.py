@@ -19,10 +19,9 @@ from . import dtypes
 from . import machine as _machine
 from .cost_model import CostReport, Recorder
 from .errors import NkiSimulationError, fail
+from .language_rules import check_language
 from .memory import Memory, Storage
 from .tensor import NkiTensor
-
-_NKI_MODULES = ("nki", "nki.isa", "nki.language")
 
 
 class Kernel:
@@ -77,13 +76,14 @@ def cost(kernel: Any, grid: Any = None) -> Callable[..., CostReport]:
 
 @contextmanager
 def as_nki() -> Iterator[Any]:
-    """Give the simulator for ``import nki``, ``nki.isa`` and ``nki.language``; put back what was there after.
+    """Give the simulator for ``import nki``, ``nki.isa``, ``nki.language``; put back what was there after.
 
     Import or define a kernel written for the Neuron SDK inside; it keeps the simulator's functions.
     """
     ours = importlib.import_module(__package__ + ".nki")
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "nki"}
-    sys.modules.update({"nki": ours, "nki.isa": ours.isa, "nki.language": ours.language})
+    sys.modules["nki"] = ours
+    sys.modules.update({f"nki.{name}": getattr(ours, name) for name in ("isa", "language", "typing")})
     try:
         yield ours
     finally:
@@ -116,6 +116,7 @@ def _launch(kernel: Any, grid: Any, recorders: list[Recorder] | None, args: Any,
     programs = math.prod(sizes)
     if len(sizes) > 1 or not 1 <= programs <= 200:
         raise ValueError(f"grid: expected None, n or (n,) with n in 1..200, got {grid!r}")
+    check_language(kernel)
     inputs = _Inputs(programs)
     args = [inputs.wrap(a) for a in args]
     kwargs = {k: inputs.wrap(v) for k, v in kwargs.items()}
@@ -264,6 +265,8 @@ class _Inputs:
         if torch is not None and isinstance(value, torch.Tensor):
             self._torch = torch
             value = _from_torch(torch, value)
+        if isinstance(value, list):
+            fail("launch", "arguments", "tuples: lists are no kernel arguments", value)
         if not isinstance(value, np.ndarray):
             return value
         name = dtypes.name_of(value.dtype)

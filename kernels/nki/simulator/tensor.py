@@ -458,8 +458,8 @@ class NkiTensor(NKIObject):
             fail(instruction, operand, "no race on shared HBM", hazard)
         return self.array()
 
-    def write(self, instruction: str, operand: str, values: Any) -> None:
-        """Put `values`, already of this dtype, into the elements."""
+    def write(self, instruction: str, operand: str, values: np.ndarray) -> None:
+        """Put `values`, already of this dtype (or one of it for all), into the elements."""
         if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape)):
             fail(instruction, operand, "a destination without a broadcast dimension", self.get_pattern())
         where, memory = self.where(), self.storage.memory
@@ -469,7 +469,7 @@ class NkiTensor(NKIObject):
             fail(instruction, operand, "no race on shared HBM", hazard)
         self.storage.claim(where)
         target = self.array()
-        target[...] = values.reshape(target.shape) if isinstance(values, np.ndarray) else values
+        target[...] = values.reshape(target.shape) if values.ndim else values
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from .. import run as _run
 from ..run import Kernel
-from . import isa, language
+from . import isa, language, typing
 
-__all__ = ["Kernel", "isa", "jit", "language", "simulate"]
+__all__ = ["Kernel", "isa", "jit", "language", "simulate", "typing"]
 
 
 def jit(fn: Any = None, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -235,15 +236,36 @@ def device_print(print_prefix: str, tensor: NkiTensor) -> None:
 
 
 def broadcast_to(x: NkiTensor, shape: Any, dtype: Any = None) -> NkiTensor:
-    """A new tile of `shape` with the values of `x` repeated along free dimensions of size 1."""
+    """A tile of `shape` with the values of `x` repeated along dimensions of size 1.
+
+    Along the partitions by matmuls against ones; free dimensions are a stride of 0.
+    """
     from . import isa
 
+    if x.shape == tuple(shape) and dtype in (None, x.dtype):
+        return x
     view = x
-    for dim, (have, want) in enumerate(zip(x.shape, shape)):
-        view = view if have == want else view.broadcast(dim, want)
+    if x.shape[0] != shape[0]:
+        wide = ndarray((shape[0], x.free_size), x.dtype)
+        against = ones((1, shape[0]), float32 if x.dtype == float32 else bfloat16)
+        row, step = x.reshape((1, x.free_size)), tile_size.gemm_moving_fmax
+        for start in range(0, x.free_size, step):
+            part = row[:, start : min(start + step, x.free_size)]
+            product = ndarray((shape[0], part.free_size), float32, psum)
+            isa.nc_matmul(product, against, part)
+            isa.tensor_copy(wide[:, start : start + part.free_size], product)
+        view = wide.reshape((shape[0], *x.shape[1:]))
+    for dim in range(1, x.ndim):
+        view = view if view.shape[dim] == shape[dim] else view.broadcast(dim, shape[dim])
     result = ndarray(shape, dtype or x.dtype)
     isa.tensor_copy(result, view)
     return result
+
+
+@contextmanager
+def no_reorder() -> Iterator[None]:
+    """Instructions inside keep their order: always so here."""
+    yield
 
 
 def _binary(op: ops.Operator, x: Any, y: Any, dtype: Any = None) -> NkiTensor:
