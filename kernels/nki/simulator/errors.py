@@ -18,6 +18,13 @@ class NkiSimulationError(Exception):
     """
 
 
+class NotCovered(NotImplementedError, AttributeError):
+    """A name of the NKI API that the simulator does not have; to ``hasattr`` it is not there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not covered by this simulator")
+
+
 def kernel_line() -> str:
     """``file:line: source`` of the innermost frame outside the simulator: the kernel's line."""
     frame = sys._getframe(1)

@@ -43,7 +43,7 @@ def check_language(kernel: Any) -> None:
     lambdas, generators, classes and imports in a function, sets, ``with`` other than ``nl.no_reorder()``,
     ``is``, keyword-only and variadic parameters. A function without source is not checked.
     """
-    function = getattr(kernel, "function", kernel)
+    function = inspect.unwrap(kernel)
     if isinstance(function, FunctionType):
         _check(function)
 
@@ -65,7 +65,7 @@ def _check(function: FunctionType) -> None:
             )
         for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
             called = current.__globals__.get(name)
-            called = getattr(called, "function", called)
+            called = inspect.unwrap(called) if callable(called) else called
             if isinstance(called, FunctionType) and called.__module__ == function.__module__:
                 waiting.extend({called} - seen)
                 seen.add(called)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import run as _run
+from ..errors import NotCovered
 from ..run import Kernel
 from . import isa, language, typing
 
@@ -26,4 +27,4 @@ def simulate(kernel: Any) -> Any:
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    raise NotImplementedError(f"nki.{name} is not covered by this simulator")
+    raise NotCovered(f"nki.{name}")

@@ -15,7 +15,7 @@ import numpy as np
 from .. import cost_model, dtypes, hardware, ops
 from .. import machine as _machine
 from ..errors import NkiSimulationError as NkiValidationError
-from ..errors import check, fail
+from ..errors import NotCovered, check, fail
 from ..operands import (
     DMA_MEMORY,
     bits,
@@ -984,4 +984,4 @@ _G = dge_mode
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    raise NotImplementedError(f"nki.isa.{name} is not covered by this simulator")
+    raise NotCovered(f"nki.isa.{name}")

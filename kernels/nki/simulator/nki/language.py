@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import dtypes, hardware, ops
 from .. import machine as _machine
-from ..errors import check, fail
+from ..errors import NotCovered, check, fail
 from ..memory import Memory, Storage, allocate
 from ..tensor import DynamicSlice, NKIObject, NkiTensor, VirtualRegister
 
@@ -329,4 +329,4 @@ def __getattr__(name: str) -> Any:
         return _OPERATORS[name]
     if name.startswith("__"):
         raise AttributeError(name)
-    raise NotImplementedError(f"nki.language.{name} is not covered by this simulator")
+    raise NotCovered(f"nki.language.{name}")
