@@ -213,18 +213,33 @@ def rmsnorm_quant_kernel(
 
 @nki.jit
 def rmsnorm_quant_bytes_kernel(
-    hidden,
-    ln_w,
-    kargs,
-    input_dequant_scale=None,
-    pre_norm_gamma=None,
-    residual=None,
-    dtype_mode=DtypeMode.NON_OCP,
+    hidden, ln_w=None, residual=None, input_dequant_scale=None, eps=1e-6, lower_bound=0.0, ocp=False
 ):
-    """:func:`rmsnorm_quant_kernel` returning its bytes as uint8, the dtype a PyTorch graph can hold on Trainium2."""
-    return _rmsnorm_quant(
-        hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, residual, dtype_mode, nl.uint8
+    """:func:`rmsnorm_quant_kernel` as a PyTorch graph calls it: tensors and numbers in, uint8 out.
+
+    uint8 because a graph for Trainium2 may not hold a ``float8_e4m3fn`` tensor, the one 8-bit float of that
+    layout PyTorch has.
+
+    Args:
+        hidden: ``[..., H]``.
+        ln_w: gamma, ``[H]``; None is NO_NORM.
+        residual: like hidden, or None.
+        input_dequant_scale: ``[128, 1]`` fp32 is STATIC; None is ROW.
+        eps: added to the mean square.
+        lower_bound: clip normalized values to ±lower_bound; 0 does not clip.
+        ocp: codes within ±448 (Trainium3) instead of ±240.
+
+    Returns:
+        As :func:`rmsnorm_quant_kernel`, in uint8.
+    """
+    kargs = RmsNormQuantKernelArgs(
+        lower_bound,
+        NormType.NO_NORM if ln_w == None else NormType.RMS_NORM,
+        QuantizationType.ROW if input_dequant_scale == None else QuantizationType.STATIC,
+        eps,
     )
+    dtype_mode = DtypeMode.OCP if ocp else DtypeMode.NON_OCP
+    return _rmsnorm_quant(hidden, ln_w, kargs, input_dequant_scale, None, residual, dtype_mode, nl.uint8)
 
 
 def _fp8(dtype_mode):
