@@ -121,7 +121,7 @@ def bind(model: torch.nn.Module, vllm_config: VllmConfig) -> FusionReport | None
         if not entry.reason:
             norm.binding = Binding(report.backend, report.target)
     _log(report)
-    model.rmsq_report = report
+    model.rmsq_report = report  # type: ignore[assignment]
     unfused = [entry for entry in report.norms if entry.decoder and entry.reason]
     if choice.strict and unfused:
         raise RuntimeError(
@@ -234,7 +234,7 @@ def _dummy_forward(model: torch.nn.Module, vllm_config: VllmConfig):
             torch.no_grad(),
             set_forward_context(None, vllm_config, num_tokens=PROBE_TOKENS, skip_compiled=True),
         ):
-            return model(
+            return model(  # type: ignore[operator]
                 input_ids=torch.zeros(PROBE_TOKENS, dtype=torch.int32, device=device),
                 positions=positions,
                 intermediate_tensors=intermediate,

@@ -11,7 +11,8 @@ it. The functions here check the arguments, choose the backend and call the over
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
 
 import torch
 
@@ -47,6 +48,34 @@ class PrepackedWeight(NamedTuple):
     out_features: int
     in_features: int
     backend: str
+
+
+@overload
+def rms_norm_quant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float = ...,
+    residual: None = ...,
+    lower_bound: float = ...,
+    static_scale: torch.Tensor | float | None = ...,
+    target: str | None = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def rms_norm_quant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float = ...,
+    residual: torch.Tensor,
+    lower_bound: float = ...,
+    static_scale: torch.Tensor | float | None = ...,
+    target: str | None = ...,
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def rms_norm_quant(
@@ -214,7 +243,7 @@ def _prepack_fp8_weight_fake(backend):
     return fake
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "rms_norm_quant": _rms_norm_quant_fake,
     "add_rms_norm_quant": _add_rms_norm_quant_fake,
     "packed_fp8_linear": _packed_fp8_linear_fake,

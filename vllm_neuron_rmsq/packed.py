@@ -108,7 +108,8 @@ def pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     rows = codes.shape[:-1]
     if scale.shape not in (rows, (*rows, 1)):
         raise ValueError(f"scale: expected shape {[*rows, 1]} or {list(rows)}, got {list(scale.shape)}")
-    tail = scale.reshape(*rows, 1).contiguous().view(torch.uint8)
+    # A copy: a stride of 0 along a dimension of size 1 counts as contiguous but cannot be viewed as bytes.
+    tail = scale.reshape(*rows, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return torch.cat([codes.view(torch.uint8), tail], dim=-1)
 
 

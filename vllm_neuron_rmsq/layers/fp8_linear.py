@@ -89,20 +89,20 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         out_features, in_features = self.config.weight_shape
         if weight.shape != (in_features, out_features):
             raise ValueError(
-                f"weight: expected shape {[in_features, out_features]} after loading, got {list(weight.shape)}"
+                f"weight: expected shape {[in_features, out_features]} after loading, "
+                f"got {list(weight.shape)}"
             )
         codes = weight.t().contiguous().view(torch.uint8)
         scale = scale.reshape(-1).float()
-        # In two steps: all-or-nothing reductions over uint8 need no second copy of the weight.
-        magnitude = codes & 0x7F
-        if (magnitude == fmt.NAN_CODE).any() or not scale.isfinite().all():
+        largest = int((codes & 0x7F).amax())
+        if largest == fmt.NAN_CODE or not scale.isfinite().all():
             raise ValueError(
                 "weight: holds NaN or Inf in its codes or scales; the checkpoint is corrupt or was quantized "
                 "from a corrupt one"
             )
-        layer.rmsq_halved = bool((magnitude > fmt.MAX_TRN2_CODE).any()) and self.target == "trn2"
-        del magnitude
-        if layer.rmsq_halved:
+        halved = self.target == "trn2" and largest > fmt.MAX_TRN2_CODE
+        layer.rmsq_halved = halved  # type: ignore[assignment]
+        if halved:
             codes, scale = halve(codes, scale)
         prepacked = ops.prepack_fp8_weight(codes, scale, self.backend)
         replace_parameter(layer, weight_name, torch.nn.Parameter(prepacked.data, requires_grad=False))

