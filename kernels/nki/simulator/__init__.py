@@ -1,6 +1,6 @@
 """Runs kernels written for AWS's ``nki`` (NKI 0.6) on NumPy, and holds them to Trainium2's rules.
 
-``simulate(kernel, grid=None)(*arrays)`` computes what the kernel computes; ``cost(kernel, grid=None)(*arrays)``
+``simulate(kernel, grid=None)(*arrays)`` computes what the kernel computes; ``cost(kernel, grid=None)``
 models what it costs; under ``as_nki()`` a kernel published elsewhere imports and runs unmodified.
 
 What broke a rule raises :class:`NkiSimulationError`; what is not covered raises NotImplementedError.

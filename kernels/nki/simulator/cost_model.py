@@ -8,6 +8,7 @@ engines, semaphores, DMA start-up (about 1.3 us each, overlappable) and short DM
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,17 @@ def cycles(elements: float, *tiles: NkiTensor) -> float:
     return max(MIN_CYCLES, elements * (hardware.WIDE_STRIDE_SLOWDOWN if slow else 1))
 
 
+def gpsimd_cycles(elements: float) -> float:
+    """Cycles of a GpSimdE instruction that goes over `elements` per lane."""
+    return hardware.GPSIMD_START + elements
+
+
 def copy_cycles(engine: str, dst: NkiTensor, src: NkiTensor, op: str = "") -> float:
     """tensor_copy and tensor_scalar, with VectorE's performance modes."""
     n = dst.free_size
-    if op == "rsqrt":
-        return cycles(n * hardware.GPSIMD_RSQRT)
-    if engine != "vector" or dst.dtype not in _HALF or src.dtype not in _HALF:
+    if engine == "gpsimd":
+        return gpsimd_cycles(n * (hardware.GPSIMD_RSQRT if op == "rsqrt" else 1))
+    if engine == "scalar" or not _all((dst, src), _HALF):
         return cycles(n, dst, src)
     dense = _innermost(dst) == _innermost(src) == 1
     psum = (dst.buffer, src.buffer).count("psum")
@@ -44,22 +50,69 @@ def copy_cycles(engine: str, dst: NkiTensor, src: NkiTensor, op: str = "") -> fl
     return cycles(n, dst, src)
 
 
+def memset_cycles(engine: str, dst: NkiTensor, value: float) -> float:
+    """memset: zeros of 16 bits go faster."""
+    if engine == "gpsimd":
+        return gpsimd_cycles(dst.free_size)
+    speedup = hardware.VECTOR_ZERO_SPEEDUP if value == 0 and _all((dst,), _HALF) else 1
+    return cycles(dst.free_size / speedup, dst)
+
+
+def reduce_cycles(op: str, dst: NkiTensor, data: NkiTensor) -> float:
+    """tensor_reduce, with its bf16 mode."""
+    fast = op in ("add", "maximum") and _all((dst, data), ("bfloat16",))
+    return cycles(data.free_size / (hardware.VECTOR_BF16_REDUCE_SPEEDUP if fast else 1), data)
+
+
+def two_input_cycles(dst: NkiTensor, data1: NkiTensor, data2: NkiTensor, fast: bool = False) -> float:
+    """An instruction that streams two tiles: N cycles where `fast` or just one of them is in PSUM."""
+    apart = (data1.buffer, data2.buffer).count("psum") == 1
+    return cycles(dst.free_size * (1 if fast or apart else hardware.TWO_INPUT_CYCLES), dst, data1, data2)
+
+
 def pair_cycles(engine: str, dst: NkiTensor, data1: NkiTensor, data2: NkiTensor) -> float:
-    """tensor_tensor, with VectorE's performance mode."""
-    n = dst.free_size * hardware.TWO_INPUT_CYCLES
-    half = all(t.dtype in _HALF for t in (dst, data1, data2))
-    if engine == "vector" and half and data1.buffer == data2.buffer == "sbuf":
-        return cycles(n / hardware.VECTOR_PAIR_SPEEDUP)
-    return cycles(n, dst, data1, data2)
+    """tensor_tensor, with VectorE's performance mode.
+
+    [T2] gives the mode a width of 4 elements a lane and cycle for all 16-bit floats and operators: two
+    streams of N take N / 2. :func:`careful_pair_cycles` has the other reading.
+    """
+    if engine == "gpsimd":
+        return gpsimd_cycles(dst.free_size * hardware.TWO_INPUT_CYCLES)
+    if _pair_mode(dst, data1, data2):
+        return cycles(dst.free_size / hardware.VECTOR_PAIR_SPEEDUP, dst, data1, data2)
+    return two_input_cycles(dst, data1, data2)
+
+
+def careful_pair_cycles(engine: str, op: str, dst: NkiTensor, data1: NkiTensor, data2: NkiTensor) -> float:
+    """The same where [T2]'s mode is twice as fast as what [E] has for NeuronCore-v2: 2 N, but N for contiguous
+    bf16 added, subtracted or multiplied."""
+    if engine == "gpsimd" or not _pair_mode(dst, data1, data2):
+        return pair_cycles(engine, dst, data1, data2)
+    dense = _innermost(data1) == _innermost(data2) == 1
+    bf16 = op in ("add", "subtract", "multiply") and dense and _all((dst, data1, data2), ("bfloat16",))
+    return cycles(dst.free_size / (hardware.VECTOR_PAIR_SPEEDUP if bf16 else 1), dst, data1, data2)
+
+
+def _pair_mode(dst: NkiTensor, data1: NkiTensor, data2: NkiTensor) -> bool:
+    return data1.buffer == data2.buffer == "sbuf" and _all((dst, data1, data2), _HALF)
+
+
+def scalar_pair_cycles(op0: str, op1: str, dst: NkiTensor, data: NkiTensor, operand1: NkiTensor) -> float:
+    """scalar_tensor_tensor: as tensor_tensor ([ISA]), with a bf16 mode of its own ([E])."""
+    bf16 = _all((data, operand1), ("bfloat16",)) and data.free_size % 2 == 0
+    return two_input_cycles(dst, data, operand1, fast=bf16 and (op0, op1) == ("subtract", "multiply"))
 
 
 def matmul_cycles(columns: int, elements: int, dtype: str, transpose: bool = False) -> float:
-    """Initiation interval of a matmul with `columns` of stationary and `elements` of moving free size."""
+    """Average of many matmuls with `columns` of stationary and `elements` of moving free size."""
     factor = 1
     if dtype == "float32":
         factor = hardware.FP32_TRANSPOSE if transpose else hardware.FP32_MATMUL
-    load = columns / hardware.LOAD_STATIONARY_SPEEDUP
-    return factor * max(MIN_CYCLES, elements, load)
+    return factor * max(min(hardware.MATMUL_START, columns), elements)
+
+
+def _all(tiles: Sequence[NkiTensor], names: Sequence[str]) -> bool:
+    return all(t.dtype in names for t in tiles)
 
 
 def dma(name: str, dst: NkiTensor, sources: list[NkiTensor], share: float = 1.0) -> None:
@@ -71,7 +124,7 @@ def dma(name: str, dst: NkiTensor, sources: list[NkiTensor], share: float = 1.0)
 
 def _innermost(t: NkiTensor) -> int:
     """Stride of the innermost dimension that has more than one element."""
-    for n, s in zip(t.shape[:0:-1], t.strides[:0:-1]):
+    for n, s in zip(t.shape[:0:-1], t.strides[:0:-1], strict=True):
         if n > 1:
             return s
     return 1
@@ -80,7 +133,7 @@ def _innermost(t: NkiTensor) -> int:
 def _run_bytes(t: NkiTensor) -> int:
     """Bytes of the contiguous pieces a DMA meets in `t`."""
     run, first = 1, 1 if t.on_chip else 0
-    for n, s in list(zip(t.shape, t.strides))[: first - 1 if first else None : -1]:
+    for n, s in list(zip(t.shape, t.strides, strict=True))[: first - 1 if first else None : -1]:
         if n > 1 and s != run:
             break
         run *= n
@@ -102,22 +155,26 @@ class Recorder:
 
     bytes: by direction, ``HBM->SBUF``, ``SBUF->HBM``, ``SBUF->SBUF``, ``HBM->HBM`` (all by DMA), and
     ``on-chip``: what the compute engines read and wrote in SBUF and PSUM. instructions: how often each
-    was issued, by ``(engine, name)``. peaks: the most bytes per partition live at once.
+    was issued, by ``(engine, name)``. careful_vector_us: VectorE's busy time under the slower reading of
+    tensor_tensor's 16-bit mode (:func:`careful_pair_cycles`). peaks: the most bytes per partition live at once.
     """
 
     engines: dict[str, EngineCost] = field(default_factory=lambda: defaultdict(EngineCost))
+    careful_vector_us: float = 0.0
     instructions: Counter[tuple[str, str]] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     short_run_bytes: int = 0
     hbm_bytes: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
 
-    def issue(self, name: str, engine: str, busy: float, tiles: list[NkiTensor]) -> None:
-        """An instruction of a compute engine."""
+    def issue(self, name: str, engine: str, busy: float, tiles: list[NkiTensor], careful: float) -> None:
+        """An instruction of a compute engine: `busy` cycles, `careful` under the slower reading of the sources."""
         entry = self.engines[ENGINES[engine]]
         entry.instructions += 1
         entry.cycles += busy
         entry.time_us += busy / hardware.CLOCK_GHZ[ENGINES[engine]] / 1e3
+        if engine == "vector":
+            self.careful_vector_us += careful / hardware.CLOCK_GHZ["VectorE"] / 1e3
         self.instructions[ENGINES[engine], name] += 1
         self.bytes["on-chip"] += sum(t.nbytes for t in tiles)
 
@@ -202,6 +259,11 @@ class CostReport:
                 e = self.worst.engines[name]
                 busy = f"{e.cycles:,.0f}" if e.cycles else "-"
                 lines.append(f"{name:10}{e.instructions:>14,}{busy:>16}{e.time_us:>11.1f} us")
+        if self.worst.careful_vector_us > self.worst.engines["VectorE"].time_us:
+            lines.append(
+                f"VectorE is {self.worst.careful_vector_us:.1f} us if tensor_tensor's 16-bit mode halves the cost "
+                "published for NeuronCore-v2 (add, subtract, multiply in bf16: as above; else N cycles, not N/2)"
+            )
         lines += [f"{name:12}{n:>18,} B" for name, n in sorted(self.worst.bytes.items())]
         lines += [
             f"bound: {self.bound}, {self.time_us:.1f} us at least",

@@ -32,7 +32,8 @@ NUMPY: dict[str, np.dtype] = {
 }
 FP8 = ("float8_e4m3", "float8_e4m3fn", "float8_e5m2")
 INTEGERS = ("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32")
-_FROM_NUMPY = {dtype: name for name, dtype in reversed(NUMPY.items())} | {np.dtype(np.bool_): "bool"}
+_FROM_NUMPY = {dtype: name for name, dtype in NUMPY.items() if name not in ("bool", "tfloat32")}
+_FROM_NUMPY[np.dtype(np.bool_)] = "bool"
 
 
 def name_of(dtype: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 _HERE = str(Path(__file__).parent)
@@ -27,10 +28,10 @@ class NotCovered(NotImplementedError, AttributeError):
 
 def kernel_line() -> str:
     """``file:line: source`` of the innermost frame outside the simulator: the kernel's line."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    if not frame:
         return "unknown source"
     name, number = frame.f_code.co_filename, frame.f_lineno
     return f"{name}:{number}: {linecache.getline(name, number).strip()}"

@@ -48,7 +48,7 @@ def check_language(kernel: Any) -> None:
         _check(function)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _check(function: FunctionType) -> None:
     """Check `function` and, once each, the functions of its module that it refers to."""
     waiting, seen = [function], {function}

@@ -77,7 +77,8 @@ class Machine:
         self.grid = grid
         self.shared = shared
         self.cost = cost
-        self.sbuf = Pool("SBUF", hardware.SBUF_BYTES)
+        self.target = hardware.target()
+        self.sbuf = Pool("SBUF", self.target.sbuf_bytes)
         self.psum = Pool("PSUM", hardware.PSUM_BYTES, hardware.PSUM_BANK_BYTES)
         self.arenas: dict[str, Any] = {}
         self.registers: dict[str, Any] = {}

@@ -206,7 +206,9 @@ class Arena:
     def cells(self, where: Where) -> tuple[slice, slice]:
         """Quadrants and bytes that `where` touches."""
         partition, byte = divmod(where.offset, self.pitch)
-        reach = sum((n - 1) * s for n, s in zip(where.shape[1:], where.strides[1:])) + where.itemsize
+        reach = (
+            sum((n - 1) * s for n, s in zip(where.shape[1:], where.strides[1:], strict=True)) + where.itemsize
+        )
         return slice(partition // 32, (partition + where.shape[0] - 1) // 32 + 1), slice(byte, byte + reach)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from . import dtypes, hardware
 from . import machine as _machine
 from .errors import check
-from .ops import Operator
+from .ops import ACTIVATION, Operator
 from .tensor import NkiTensor, VirtualRegister
 
 ON_CHIP = ("sbuf", "psum")
@@ -34,7 +34,7 @@ def tile(
     dtype: Sequence[str] | None = None,
     engine: str = "",
 ) -> NkiTensor:
-    """`value` as a tile an engine can access: buffer, dtype, partitions and pattern as the hardware allows."""
+    """`value` as a tile an engine can access: buffer, dtype and partitions as the hardware allows."""
     t = tensor(instruction, operand, value, buffers)
     check(dtype is None or t.dtype in dtype, instruction, operand, f"dtype {' or '.join(dtype or ())}", t)
     check(not t.is_indirect(), instruction, operand, "a direct address (per-partition indices: DMA only)", t)
@@ -128,11 +128,15 @@ def operator(instruction: str, operand: str, op: Any, *tables: dict[str, Any]) -
     check(isinstance(op, Operator), instruction, operand, "an operator of nki.language such as nl.add", op)
     name = {"max": "maximum", "min": "minimum"}.get(op.__name__, op.__name__)
     check(name in names, instruction, operand, f"one of {', '.join(names)}", op)
+    here = _machine.current().target
+    refused = tables[0] is not ACTIVATION and name in here.refused_operators
+    check(not refused, instruction, operand, f"an operator {here.generation} has (this one: gen4)", op)
     return name
 
 
-def issue(name: str, engine: str, cycles: float, *operands: Any) -> None:
-    """Note for the cost model that `engine` is busy with instruction `name` for `cycles`."""
+def issue(name: str, engine: str, cycles: float, *operands: Any, careful: float | None = None) -> None:
+    """Note for the cost model that `engine` is busy with instruction `name` for `cycles` (or `careful`)."""
     recorder = _machine.current().cost
     if recorder is not None:
-        recorder.issue(name, engine, cycles, [t for t in operands if isinstance(t, NkiTensor)])
+        tiles = [t for t in operands if isinstance(t, NkiTensor)]
+        recorder.issue(name, engine, cycles, tiles, cycles if careful is None else careful)

@@ -1,4 +1,4 @@
-"""The math operators of ``nki.language`` (``nl.add``, ``nl.exp``, ...): what each computes, and where it may run.
+"""The math operators of ``nki.language`` (``nl.add``, ``nl.exp``, ...): what each computes, where it runs.
 
 An operator is a callable object, passed by reference as the ``op`` of an instruction. Three tables, after
 nki/api/nki.api.shared.rst: bitvec and arithmetic operators of VectorE and GpSimdE (with the neutral element
@@ -22,6 +22,11 @@ def _truth(function: Function) -> Function:
 
 def _logical(function: Function) -> Function:
     return lambda x, y: function(x != 0, y != 0).astype(np.float32)
+
+
+def _logical_right_shift(x: np.ndarray, y: Any) -> np.ndarray:
+    unsigned = np.dtype(f"u{x.dtype.itemsize}")
+    return np.right_shift(x.view(unsigned), np.asarray(y).astype(unsigned)).view(x.dtype)
 
 
 def _erf(x: np.ndarray) -> np.ndarray:
@@ -59,7 +64,7 @@ BITVEC: dict[str, Function] = {
     "bitwise_or": np.bitwise_or,
     "bitwise_xor": np.bitwise_xor,
     "left_shift": np.left_shift,
-    "right_shift": np.right_shift,
+    "right_shift": _logical_right_shift,
     "invert": np.invert,
 }
 ARITHMETIC: dict[str, Function] = {

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from . import dtypes
+from . import dtypes, hardware
 from . import machine as _machine
 from .cost_model import CostReport, Recorder
 from .errors import NkiSimulationError, fail
@@ -67,6 +67,8 @@ def cost(kernel: Any, grid: Any = None) -> Callable[..., CostReport]:
         raise NkiSimulationError("cost() runs on this simulator: import the kernel under as_nki()")
 
     def call(*args: Any, **kwargs: Any) -> CostReport:
+        if hardware.target() is not hardware.TARGETS["trn2"]:
+            raise NotImplementedError("the cost model covers Trainium2 only")
         recorders: list[Recorder] = []
         _launch(kernel, grid, recorders, args, kwargs)
         return CostReport(recorders)
@@ -123,9 +125,9 @@ def _launch(kernel: Any, grid: Any, recorders: list[Recorder] | None, args: Any,
     shared = Shared(programs)
     machines = []
     for program in range(programs):
-        recorder = Recorder() if recorders is not None else None
+        recorder = None
         if recorders is not None:
-            recorders.append(recorder)
+            recorders.append(recorder := Recorder())
         machines.append(_machine.Machine(program, sizes, shared, recorder))
     results = _run(function, args, kwargs, machines, shared)
     for m in machines:
@@ -152,7 +154,7 @@ def _run(function: Any, args: Any, kwargs: Any, machines: list[Any], shared: Sha
                 results[m.program] = function(*args, **kwargs)
         except Aborted:
             pass
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread below
+        except BaseException as error:
             errors.append(error)
             shared.abort()
         finally:
@@ -233,7 +235,8 @@ class Shared:
         """Error if a program waited at a barrier that another never reached."""
         if self._stuck:
             raise NkiSimulationError(
-                f"nki.isa.core_barrier: expected every program at the same barrier, got only programs {self._stuck}"
+                "nki.isa.core_barrier: expected every program at the same barrier, "
+                f"got only programs {self._stuck}"
             )
 
     def finish(self) -> None:
@@ -265,6 +268,8 @@ class _Inputs:
         if torch is not None and isinstance(value, torch.Tensor):
             self._torch = torch
             value = _from_torch(torch, value)
+        if isinstance(value, tuple):
+            return tuple(self.wrap(v) for v in value)
         if isinstance(value, list):
             fail("launch", "arguments", "tuples: lists are no kernel arguments", value)
         if not isinstance(value, np.ndarray):

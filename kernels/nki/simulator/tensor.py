@@ -137,7 +137,9 @@ class NkiTensor(NKIObject):
         """Whether elements are dense and row-major (per partition, on chip)."""
         first = 1 if self.on_chip else 0
         expected = _row_major(self.shape)
-        return all(n == 1 or s == e for n, s, e in list(zip(self.shape, self.strides, expected))[first:])
+        return all(
+            n == 1 or s == e for n, s, e in list(zip(self.shape, self.strides, expected, strict=True))[first:]
+        )
 
     def is_indirect(self) -> bool:
         """Whether the address is known at run time only."""
@@ -145,7 +147,7 @@ class NkiTensor(NKIObject):
 
     def get_pattern(self) -> list[list[int]]:
         """``[[stride, count], ...]``, as ``ap`` takes it."""
-        return [[s, n] for s, n in zip(self.strides, self.shape)]
+        return [[s, n] for s, n in zip(self.strides, self.shape, strict=True)]
 
     # -- views ------------------------------------------------------------------------------------
 
@@ -173,7 +175,7 @@ class NkiTensor(NKIObject):
         if len(keys) != self.ndim:
             fail("indexing", "key", f"at most {self.ndim} indices for {self!r}", key)
         shape, strides, offset, dropped = [], [], self.offset, []
-        for dim, (k, extent, stride) in enumerate(zip(keys, self.shape, self.strides)):
+        for dim, (k, extent, stride) in enumerate(zip(keys, self.shape, self.strides, strict=True)):
             start, size, step, keep = self._range(k, extent, dim)
             self._direct(dim, whole=(start, size, step) == (0, extent, 1))
             offset += start * stride
@@ -312,7 +314,7 @@ class NkiTensor(NKIObject):
     ) -> NkiTensor:
         """Split, reorder and merge dimensions by name, as einops does."""
         sizes = dict(fixed_sizes or {})
-        result, names = self, []
+        result, names = self, list[str]()
         for group in src_pattern:
             parts = (group,) if isinstance(group, str) else tuple(group)
             if len(parts) > 1:
@@ -407,7 +409,7 @@ class NkiTensor(NKIObject):
 
     def _inside(self, what: str) -> None:
         """Error unless every element lies in the storage."""
-        reach = [(n - 1) * s for n, s in zip(self.shape, self.strides)]
+        reach = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
         if not self.on_chip:
             last, limit = self.offset + sum(reach), self.storage.row // self.itemsize
         else:
@@ -460,7 +462,7 @@ class NkiTensor(NKIObject):
 
     def write(self, instruction: str, operand: str, values: np.ndarray) -> None:
         """Put `values`, already of this dtype (or one of it for all), into the elements."""
-        if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape)):
+        if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
             fail(instruction, operand, "a destination without a broadcast dimension", self.get_pattern())
         where, memory = self.where(), self.storage.memory
         try:

@@ -1,4 +1,4 @@
-"""The simulator's ``nki.isa``: every instruction checks its operands, computes in one NumPy step, and is costed.
+"""The simulator's ``nki.isa``: each instruction checks its operands, computes in one NumPy step, is costed.
 
 Instruction semantics and limits after nki/api/nki/isa/__init__.py of aws-neuron-sdk (NKI 0.6), Trainium2.
 """
@@ -108,13 +108,12 @@ class NkiInstruction(NKIObject):
 
 
 _DONE = NkiInstruction()
-_MATMUL_FLOATS = ("float8_e4m3", "float8_e5m2", "bfloat16", "float16")
 _WIDE_FLOATS = ("tfloat32", "float32")
 
 
 def get_nc_version() -> nc_version:
-    """The generation simulated: Trainium2."""
-    return nc_version.gen3
+    """The generation simulated."""
+    return nc_version[hardware.target().generation]
 
 
 def get_nc_sub_version() -> int:
@@ -269,7 +268,7 @@ def memset(
     dst = tile(what, "dst", dst, engine=on)
     check(isinstance(value, (int, float, np.number)), what, "value", "a constant", value)
     put_bits(what, dst, np.full((), value).astype(dtypes.NUMPY[dst.dtype]))
-    issue("memset", on, cost_model.cycles(dst.free_size, dst), dst)
+    issue("memset", on, cost_model.memset_cycles(on, dst, value), dst)
     return _DONE
 
 
@@ -319,7 +318,11 @@ def tensor_tensor(
         put_bits(what, dst, ops.ARITHMETIC[op](bits(what, "data1", data1), bits(what, "data2", data2)))
     else:
         put(what, dst, _compute(op, numbers(what, "data1", data1), numbers(what, "data2", data2)))
-    issue("tensor_tensor", on, cost_model.pair_cycles(on, dst, data1, data2), dst, data1, data2)
+    busy, careful = (
+        cost_model.pair_cycles(on, dst, data1, data2),
+        cost_model.careful_pair_cycles(on, op, dst, data1, data2),
+    )
+    issue("tensor_tensor", on, busy, dst, data1, data2, careful=careful)
     return _DONE
 
 
@@ -392,7 +395,9 @@ def _tensor_scalar_engine(what: str, given: Any, first: str, second: str | None)
     return on
 
 
-def _operand(what: str, label: str, op: str, value: Any, data: NkiTensor) -> Any:
+def _operand(
+    what: str, label: str, op: str, value: Any, data: NkiTensor, dtype: Sequence[str] | None = ("float32",)
+) -> Any:
     if op in ops.UNARY:
         check(
             value is None or (not isinstance(value, NkiTensor) and value == 0),
@@ -402,7 +407,7 @@ def _operand(what: str, label: str, op: str, value: Any, data: NkiTensor) -> Any
             value,
         )
         return None
-    return scalar(what, label, value, data.shape[0])
+    return scalar(what, label, value, data.shape[0], dtype)
 
 
 def _bit_operand(what: str, label: str, value: Any, data: NkiTensor) -> Any:
@@ -423,7 +428,7 @@ def tensor_reduce(
 ) -> NkiInstruction:
     """Reduce the last free dimensions of `data`."""
     what = "nki.isa.tensor_reduce"
-    op = operator(what, "op", op, {n: 0 for n in (*ops.IDENTITY, *_BIT_REDUCTIONS)})
+    op = operator(what, "op", op, dict.fromkeys((*ops.IDENTITY, *_BIT_REDUCTIONS), 0))
     dst, data = tile(what, "dst", dst), tile(what, "data", data)
     axes = sorted(a % data.ndim for a in ((axis,) if isinstance(axis, int) else axis))
     last = list(range(data.ndim - len(axes), data.ndim))
@@ -441,7 +446,7 @@ def tensor_reduce(
         with np.errstate(all="ignore"):
             result = ops.reduce(op, numbers(what, "data", data).reshape(data.shape[0] * kept, -1))
         put(what, dst, -result if negate else result)
-    issue("tensor_reduce", "vector", cost_model.cycles(data.free_size), dst, data)
+    issue("tensor_reduce", "vector", cost_model.reduce_cycles(op, dst, data), dst, data)
     return _DONE
 
 
@@ -467,19 +472,11 @@ def scalar_tensor_tensor(
     same_partitions(what, dst, data=data, operand1=operand1)
     both = data.buffer == operand1.buffer == "psum"
     check(not both, what, "data, operand1", "at most one of them in PSUM", "both in PSUM")
-    step = _compute(
-        first, numbers(what, "data", data), _operand(what, "operand0", first, operand0, data), reverse0
-    )
+    column0 = _operand(what, "operand0", first, operand0, data, dtype=None)
+    step = _compute(first, numbers(what, "data", data), column0, reverse0)
     put(what, dst, _compute(second, step, numbers(what, "operand1", operand1), reverse1))
-    issue(
-        "scalar_tensor_tensor",
-        "vector",
-        cost_model.pair_cycles("", dst, data, operand1),
-        dst,
-        data,
-        operand0,
-        operand1,
-    )
+    busy = cost_model.scalar_pair_cycles(first, second, dst, data, operand1)
+    issue("scalar_tensor_tensor", "vector", busy, dst, data, operand0, operand1)
     return _DONE
 
 
@@ -499,7 +496,7 @@ def tensor_scalar_reduce(
     """``dst = data <op0> operand0`` and a reduction of that over all free dimensions."""
     what = "nki.isa.tensor_scalar_reduce"
     first = operator(what, "op0", op0, ops.ARITHMETIC, ops.UNARY)
-    by = operator(what, "reduce_op", reduce_op, {n: 0 for n in ("add", "multiply", "maximum", "minimum")})
+    by = operator(what, "reduce_op", reduce_op, dict.fromkeys(("add", "multiply", "maximum", "minimum"), 0))
     check(not reverse0, what, "reverse0", "False (not supported yet)", reverse0)
     dst, data = tile(what, "dst", dst), tile(what, "data", data)
     same_partitions(what, dst, data=data)
@@ -509,14 +506,10 @@ def tensor_scalar_reduce(
     if reduce_res is not None:
         reduce_res = column(what, "reduce_res", reduce_res, data.shape[0])
         put(what, reduce_res, -total if reduce_res_negate else total, "reduce_res")
-    issue(
-        "tensor_scalar_reduce",
-        "vector",
-        cost_model.cycles(data.free_size) + cost_model.ACCUMULATOR_READ,
-        dst,
-        data,
-        reduce_res,
+    busy = cost_model.cycles(data.free_size, dst, data) + (
+        0 if reduce_res is None else cost_model.ACCUMULATOR_READ
     )
+    issue("tensor_scalar_reduce", "vector", busy, dst, data, reduce_res)
     return _DONE
 
 
@@ -569,7 +562,8 @@ def tensor_tensor_scan(
         state = _compute(second, _compute(first, x[:, i], state, reverse0), y[:, i], reverse1)
         result[:, i] = state
     put(what, dst, result)
-    issue("tensor_tensor_scan", "vector", 2 * cost_model.cycles(dst.free_size), dst, data0, data1)
+    busy = cost_model.cycles(hardware.TWO_INPUT_CYCLES * dst.free_size)
+    issue("tensor_tensor_scan", "vector", busy, dst, data0, data1)
     return _DONE
 
 
@@ -598,7 +592,7 @@ def iota(
     dst = tile(what, "dst", dst, ("sbuf",))
     values = _affine(what, dst, pattern, offset, channel_multiplier)
     put_bits(what, dst, values) if dst.dtype in dtypes.INTEGERS else put(what, dst, values.astype(np.float32))
-    issue("iota", "gpsimd", cost_model.cycles(dst.free_size, dst), dst)
+    issue("iota", "gpsimd", cost_model.gpsimd_cycles(dst.free_size), dst)
     return _DONE
 
 
@@ -636,11 +630,11 @@ def affine_select(
     affine = _affine(what, dst, pattern, offset, channel_multiplier)
     chosen = ops.ARITHMETIC[compare](affine, 0) != 0
     _select(what, dst, chosen, "on_true_tile", on_true_tile, np.float32(on_false_value))
-    issue("affine_select", "gpsimd", cost_model.cycles(dst.free_size, dst, on_true_tile), dst, on_true_tile)
+    issue("affine_select", "gpsimd", cost_model.gpsimd_cycles(dst.free_size), dst, on_true_tile)
     return _DONE
 
 
-_COMPARE = {n: 0 for n in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")}
+_COMPARE = dict.fromkeys(("equal", "not_equal", "greater", "greater_equal", "less", "less_equal"), 0)
 
 
 def _select(what: str, dst: NkiTensor, chosen: np.ndarray, label: str, true: NkiTensor, false: Any) -> None:
@@ -674,7 +668,9 @@ def tensor_copy_predicated(
     else:  # the elements left alone are read too: they must exist
         old = bits(what, "dst", dst)
     put_bits(what, dst, np.where(chosen, values, old))
-    issue("tensor_copy_predicated", "vector", 2 * cost_model.cycles(dst.free_size), dst, src, predicate)
+    streamed = src if isinstance(src, NkiTensor) else dst
+    busy = cost_model.two_input_cycles(dst, streamed, predicate)
+    issue("tensor_copy_predicated", "vector", busy, dst, src, predicate)
     return _DONE
 
 
@@ -710,9 +706,8 @@ def select_reduce(
             put(what, column(what, "reduce_res", reduce_res, dst.shape[0]), total, "reduce_res")
     else:
         check(reduce_res is None, what, "reduce_cmd", "reset_reduce or reduce with reduce_res", reduce_cmd)
-    issue(
-        "select_reduce", "vector", 2 * cost_model.cycles(dst.free_size), dst, predicate, on_true, reduce_res
-    )
+    busy = cost_model.two_input_cycles(dst, predicate, on_true)
+    issue("select_reduce", "vector", busy, dst, predicate, on_true, reduce_res)
     return _DONE
 
 
@@ -761,7 +756,9 @@ def activation(
         if reduce_res is not None:
             put(what, column(what, "reduce_res", reduce_res, data.shape[0]), total, "reduce_res")
             read_out = cost_model.ACCUMULATOR_READ
-    issue("activation", "scalar", cost_model.cycles(data.free_size) + read_out, dst, data, reduce_res)
+    issue(
+        "activation", "scalar", cost_model.cycles(data.free_size, dst, data) + read_out, dst, data, reduce_res
+    )
     return _DONE
 
 
@@ -803,11 +800,16 @@ def nc_matmul(
     what = "nki.isa.nc_matmul"
     dst = tile(what, "dst", dst, ("psum",))
     double = perf_mode == matmul_perf_mode.double_row
-    floats = _MATMUL_FLOATS[:2] if double else (*_MATMUL_FLOATS, *_WIDE_FLOATS)
+    here = _machine.current().target
+    check(here.double_row or not double, what, "perf_mode", f"none on {here.generation}", perf_mode)
+    floats = here.matmul_fp8 if double else (*here.matmul_fp8, "bfloat16", "float16", *_WIDE_FLOATS)
     stationary = tile(what, "stationary", stationary, ("sbuf",), floats)
     moving = tile(what, "moving", moving, ("sbuf",), floats)
     wide = [t.dtype in _WIDE_FLOATS for t in (stationary, moving)]
     check(wide[0] == wide[1], what, "moving", "fp32/tf32 only together with fp32/tf32", (stationary, moving))
+    formats = {stationary.dtype, moving.dtype}
+    both = formats == {"float8_e4m3", "float8_e4m3fn"}
+    check(not both, what, "moving", "float8_e4m3 and float8_e4m3fn not in one matmul", formats)
     check(
         dst.dtype == "float32" or (is_transpose and dst.dtype == stationary.dtype),
         what, "dst", "float32 (or stationary's dtype with is_transpose)", dst,
@@ -829,14 +831,8 @@ def nc_matmul(
     with np.errstate(all="ignore"):
         product = left.T @ right
     _accumulate_psum(what, dst, product, accumulate)
-    issue(
-        "nc_matmul",
-        "tensor",
-        cost_model.matmul_cycles(columns, elements, stationary.dtype),
-        dst,
-        stationary,
-        moving,
-    )
+    busy = cost_model.matmul_cycles(columns, elements, stationary.dtype)
+    issue("nc_matmul", "tensor", busy, dst, stationary, moving)
     return _DONE
 
 
@@ -859,13 +855,13 @@ def _matmul_tiling(
     rows, columns = size
     check(rows in (32, 64, 128) and columns in (32, 64, 128), what, "tile_size", "sizes 32, 64 or 128", size)
     check(not (double and columns != 128), what, "tile_size", "no column tiling with double_row", size)
-    inside = all(p % s == 0 and 0 <= p and p + s <= 128 for p, s in zip(position, size))
+    inside = all(p % s == 0 and p >= 0 and p + s <= 128 for p, s in zip(position, size, strict=True))
     check(inside, what, "tile_position", f"multiples of {tuple(size)} inside 128 x 128", position)
     return rows, columns
 
 
 def _inside_bank(what: str, dst: NkiTensor) -> None:
-    reach = sum((n - 1) * s for n, s in zip(dst.shape[1:], dst.strides[1:])) * dst.itemsize
+    reach = sum((n - 1) * s for n, s in zip(dst.shape[1:], dst.strides[1:], strict=True)) * dst.itemsize
     start = dst.storage.base % hardware.PSUM_BYTES + dst.offset * dst.itemsize % dst.storage.row
     bank = hardware.PSUM_BANK_BYTES
     inside = start // bank == (start + reach + dst.itemsize - 1) // bank

@@ -47,9 +47,23 @@ class _TileSize(NKIObject):
     psum_num_banks = hardware.PSUM_BANKS
     gemm_stationary_fmax = hardware.MATMUL_STATIONARY_FREE
     gemm_moving_fmax = hardware.MATMUL_MOVING_FREE
-    sbuf_size_bytes = hardware.PARTITIONS * hardware.SBUF_BYTES
-    sbuf_fmax = hardware.SBUF_BYTES // 4
-    sbuf_fmax_bytes = total_available_sbuf_size = hardware.SBUF_BYTES
+
+    @property
+    def sbuf_fmax_bytes(self) -> int:
+        """SBUF bytes per partition."""
+        return hardware.target().sbuf_bytes
+
+    total_available_sbuf_size = sbuf_fmax_bytes
+
+    @property
+    def sbuf_fmax(self) -> int:
+        """The same in fp32 elements."""
+        return self.sbuf_fmax_bytes // 4
+
+    @property
+    def sbuf_size_bytes(self) -> int:
+        """Bytes of all partitions."""
+        return self.sbuf_fmax_bytes * hardware.PARTITIONS
 
 
 tile_size = _TileSize()
@@ -277,9 +291,9 @@ def _binary(op: ops.Operator, x: Any, y: Any, dtype: Any = None) -> NkiTensor:
     model = x if isinstance(x, NkiTensor) else y
     if isinstance(x, NkiTensor) and isinstance(y, NkiTensor):
         shape = tuple(np.broadcast_shapes(x.shape, y.shape))
-        wide = [t if t.shape == shape else broadcast_to(t, shape) for t in (x, y)]
+        left, right = (t if t.shape == shape else broadcast_to(t, shape) for t in (x, y))
         result = ndarray(shape, dtype or model.dtype)
-        isa.tensor_tensor(result, *wide, op)
+        isa.tensor_tensor(result, left, right, op)
         return result
     result = ndarray(model.shape, dtype or model.dtype)
     constant = y if model is x else x
