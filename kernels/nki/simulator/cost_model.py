@@ -84,8 +84,10 @@ def pair_cycles(engine: str, dst: NkiTensor, data1: NkiTensor, data2: NkiTensor)
 
 
 def careful_pair_cycles(engine: str, op: str, dst: NkiTensor, data1: NkiTensor, data2: NkiTensor) -> float:
-    """The same where [T2]'s mode is twice as fast as what [E] has for NeuronCore-v2: 2 N, but N for contiguous
-    bf16 added, subtracted or multiplied."""
+    """The same with [T2]'s mode as twice the speed [E] has for NeuronCore-v2.
+
+    That is N for contiguous bf16 added, subtracted or multiplied, and 2 N else.
+    """
     if engine == "gpsimd" or not _pair_mode(dst, data1, data2):
         return pair_cycles(engine, dst, data1, data2)
     dense = _innermost(data1) == _innermost(data2) == 1
@@ -156,7 +158,8 @@ class Recorder:
     bytes: by direction, ``HBM->SBUF``, ``SBUF->HBM``, ``SBUF->SBUF``, ``HBM->HBM`` (all by DMA), and
     ``on-chip``: what the compute engines read and wrote in SBUF and PSUM. instructions: how often each
     was issued, by ``(engine, name)``. careful_vector_us: VectorE's busy time under the slower reading of
-    tensor_tensor's 16-bit mode (:func:`careful_pair_cycles`). peaks: the most bytes per partition live at once.
+    tensor_tensor's 16-bit mode (:func:`careful_pair_cycles`). peaks: the most bytes per partition live
+    at once.
     """
 
     engines: dict[str, EngineCost] = field(default_factory=lambda: defaultdict(EngineCost))
@@ -168,7 +171,7 @@ class Recorder:
     peaks: dict[str, int] = field(default_factory=dict)
 
     def issue(self, name: str, engine: str, busy: float, tiles: list[NkiTensor], careful: float) -> None:
-        """An instruction of a compute engine: `busy` cycles, `careful` under the slower reading of the sources."""
+        """An instruction of a compute engine: `busy` cycles, `careful` under the slower reading."""
         entry = self.engines[ENGINES[engine]]
         entry.instructions += 1
         entry.cycles += busy
@@ -259,10 +262,10 @@ class CostReport:
                 e = self.worst.engines[name]
                 busy = f"{e.cycles:,.0f}" if e.cycles else "-"
                 lines.append(f"{name:10}{e.instructions:>14,}{busy:>16}{e.time_us:>11.1f} us")
-        if self.worst.careful_vector_us > self.worst.engines["VectorE"].time_us:
+        if self.worst.careful_vector_us > self.worst.engines.get("VectorE", EngineCost()).time_us:
             lines.append(
-                f"VectorE is {self.worst.careful_vector_us:.1f} us if tensor_tensor's 16-bit mode halves the cost "
-                "published for NeuronCore-v2 (add, subtract, multiply in bf16: as above; else N cycles, not N/2)"
+                f"VectorE: {self.worst.careful_vector_us:.1f} us if tensor_tensor's 16-bit mode is twice the "
+                "speed of NeuronCore-v2,\n  whose own was for bf16 add, subtract and multiply only"
             )
         lines += [f"{name:12}{n:>18,} B" for name, n in sorted(self.worst.bytes.items())]
         lines += [

@@ -453,6 +453,28 @@ def test_nc_matmul_accumulates_in_psum(dtype):
     np.testing.assert_allclose(got, x[1].astype(np.float32).T @ y[1].astype(np.float32), rtol=1e-5, atol=1e-4)
 
 
+def test_nc_matmul_adds_to_what_a_matmul_wrote_and_overwrites_the_rest():
+    x, y = normal(16, 8), normal(16, 24)
+
+    def step(d, a, b):
+        nisa.nc_matmul(d[:, 0:16], a, b[:, 0:16])
+        nisa.nc_matmul(d[:, 8:24], a, b[:, 8:24])
+
+    want = x.T @ y
+    want[:, 8:16] *= 2
+    np.testing.assert_allclose(
+        run(step, (8, 24), nl.float32, x, y, buffer=nl.psum), want, rtol=1e-5, atol=1e-5
+    )
+
+    def rewritten():
+        tile, ones = psum((4, 4), value=None), sbuf((4, 4))
+        nisa.nc_matmul(tile, ones, ones)
+        nisa.memset(tile[:, 0:1], 0)
+        nisa.nc_matmul(tile, ones, ones)
+
+    breaks("accumulate: expected False .* got None on a location that something else wrote", rewritten)
+
+
 def test_nc_matmul_double_row_contracts_pairs():
     x, y = normal(128, 2, 96, dtype=F8), normal(128, 2, 300, dtype=F8)
     double = nisa.matmul_perf_mode.double_row
@@ -1325,7 +1347,7 @@ def test_cost_of_instructions_with_two_inputs():
     report = cost(pairs)(*normal(2, 128, 1024, dtype=BF16))
     assert report.engines["VectorE"].cycles == 1024 + 512 + 512 + 1024 + 2048 + 1024 + 1024 + 512
     assert report.worst.careful_vector_us == pytest.approx(report.engines["VectorE"].time_us + 512 / 960)
-    assert "VectorE is 8.5 us if tensor_tensor's 16-bit mode" in str(report)
+    assert "VectorE: 8.5 us if tensor_tensor's 16-bit mode" in str(report)
 
 
 def test_tile_sizes_are_the_hardwares():

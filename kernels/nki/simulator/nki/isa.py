@@ -253,7 +253,8 @@ def dma_compute(
     for i, src in enumerate(sources):
         check(src.size == dst.size, what, f"srcs[{i}]", f"as many elements as dst ({dst.size})", src.size)
         values = dtypes.to_float32(src.read(what, f"srcs[{i}]"), src.dtype).reshape(dst.shape)
-        total = values if total is None else total + values
+        with np.errstate(all="ignore"):
+            total = values if total is None else total + values
     dst.write(what, "dst", dtypes.from_float32(total, dst.dtype))
     cost_model.dma("dma_compute", dst, sources)
     return _DONE
@@ -318,10 +319,8 @@ def tensor_tensor(
         put_bits(what, dst, ops.ARITHMETIC[op](bits(what, "data1", data1), bits(what, "data2", data2)))
     else:
         put(what, dst, _compute(op, numbers(what, "data1", data1), numbers(what, "data2", data2)))
-    busy, careful = (
-        cost_model.pair_cycles(on, dst, data1, data2),
-        cost_model.careful_pair_cycles(on, op, dst, data1, data2),
-    )
+    busy = cost_model.pair_cycles(on, dst, data1, data2)
+    careful = cost_model.careful_pair_cycles(on, op, dst, data1, data2)
     issue("tensor_tensor", on, busy, dst, data1, data2, careful=careful)
     return _DONE
 
@@ -735,11 +734,12 @@ def activation(
     same_partitions(what, dst, data=data)
     values = numbers(what, "data", data)
     factor = scalar(what, "scale", scale, data.shape[0])
-    if isinstance(scale, NkiTensor) or scale != 1.0:
-        values = values * factor
-    if bias is not None:
-        values = values + scalar(what, "bias", bias, data.shape[0], _BIAS)
+    shift = None if bias is None else scalar(what, "bias", bias, data.shape[0], _BIAS)
     with np.errstate(all="ignore"):
+        if isinstance(scale, NkiTensor) or scale != 1.0:
+            values = values * factor
+        if shift is not None:
+            values = values + shift
         result = ops.ACTIVATION[function](values)
     if function in ops.ACTIVATION_RANGE:
         low, high = ops.ACTIVATION_RANGE[function]
@@ -871,21 +871,24 @@ def _inside_bank(what: str, dst: NkiTensor) -> None:
 
 
 def _accumulate_psum(what: str, dst: NkiTensor, product: np.ndarray, accumulate: bool | None) -> None:
-    """Overwrite or add to PSUM; adding needs a location that a matmul initialized."""
+    """Overwrite or add to PSUM, where None adds to what a matmul wrote and overwrites what nothing wrote.
+
+    Adding to a location that was never written, or last by something else than a matmul, is undefined.
+    """
     memory, where = dst.storage.memory, dst.where()
     if memory.matmul is None:
         memory.matmul = np.zeros(memory.data.nbytes, np.uint8)
     started = where.of(memory.matmul)
-    if accumulate is None:
-        accumulate = bool(started.any()) or memory.unwritten(where) < where.count
-    if accumulate:
-        check(
-            bool(started.all()), what, "accumulate",
-            "False for the first matmul into a PSUM location (one that nothing else has written since)",
-            "True" if accumulate else "None on a location that was written",
-        )  # fmt: skip
-        product = product + dst.array().astype(np.float32).reshape(product.shape)
-    put(what, dst, product.reshape(dst.shape))
+    fits = bool(started.all()) if accumulate else where.count - memory.unwritten(where) == started.sum()
+    check(
+        fits or accumulate is False, what, "accumulate",
+        "False for the first matmul into a PSUM location (one that nothing else has written since)",
+        "True" if accumulate else "None on a location that something else wrote",
+    )  # fmt: skip
+    if accumulate or (accumulate is None and started.any()):
+        old = dst.array().astype(np.float32)
+        product = product + np.where(started.all(-1), old, np.float32(0)).reshape(product.shape)
+    put(what, dst, product)
     where.of(memory.matmul)[...] = 1
 
 

@@ -310,6 +310,15 @@ def _unary(op: ops.Operator, x: NkiTensor, dtype: Any = None) -> NkiTensor:
     return result
 
 
+def _copy(op: ops.Operator, x: NkiTensor, dtype: Any = None) -> NkiTensor:
+    """A new SBUF tile with the values of `x`, by VectorE."""
+    from . import isa
+
+    result = ndarray(x.shape, dtype or x.dtype)
+    isa.tensor_copy(result, x, engine=isa.engine.vector)
+    return result
+
+
 def _reduction(name: str) -> Callable[..., NkiTensor]:
     def call(
         op: ops.Operator, x: NkiTensor, axis: Any, dtype: Any = None, keepdims: bool = False
@@ -329,6 +338,7 @@ def _reduction(name: str) -> Callable[..., NkiTensor]:
 _CALLS: dict[str, Callable[..., NkiTensor]] = {
     **dict.fromkeys(ops.ACTIVATION, _unary),
     **dict.fromkeys((*ops.ARITHMETIC, *(name for name in ops.BITVEC if name != "invert")), _binary),
+    "copy": _copy,
     "max": _reduction("maximum"),
     "min": _reduction("minimum"),
     "sum": _reduction("add"),
