@@ -28,6 +28,8 @@ MATMUL_MOVING_FREE = 512  # [ISA] nc_matmul: fp32 elements of a PSUM bank (Neuro
 TENSOR_TRANSPOSE = 128  # [ISA] nc_transpose on TensorE: [128, 128] or smaller
 VECTOR_TRANSPOSE = 32  # [ISA] nc_transpose on VectorE: [32, 32] or smaller
 DMA_COMPUTE_SOURCES = 16  # [ISA] dma_compute
+FREE_ELEMENTS = 64 * 1024  # [T1] ScalarE: elements per partition of an instruction; sizes are 16 bits wide
+FREE_STRIDE = 2**15 - 1  # [T1] strides of the free dimensions are int16, in elements
 VIEW_DIMS = 5  # language guide: an access pattern has up to 5 dimensions, the partition included
 
 

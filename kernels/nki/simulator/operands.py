@@ -42,17 +42,13 @@ def tile(
         engine != "gpsimd" or t.buffer != "psum", instruction, operand, "SBUF: GpSimdE cannot access PSUM", t
     )
     count, start = t.shape[0], t.start_partition
-    check(
-        count <= hardware.PARTITIONS, instruction, operand, f"at most {hardware.PARTITIONS} partitions", count
-    )
     starts = (0,) if count > 64 else (0, 64) if count > 32 else (0, 32, 64, 96)
-    check(
-        start in starts,
-        instruction,
-        operand,
-        f"{count} partitions to start at partition {' or '.join(map(str, starts))}",
-        f"start {start} ({t!r})",
-    )
+    allowed = f"{count} partitions to start at partition {' or '.join(map(str, starts))}"
+    check(start in starts, instruction, operand, allowed, f"start {start} ({t!r})")
+    most, stride = hardware.FREE_ELEMENTS, hardware.FREE_STRIDE
+    check(t.free_size <= most, instruction, operand, f"at most {most} elements per partition", t)
+    steps = [s for n, s in zip(t.shape[1:], t.strides[1:], strict=True) if n > 1]
+    check(max(steps, default=0) <= stride, instruction, operand, f"strides up to {stride} elements", steps)
     return t
 
 

@@ -35,8 +35,9 @@ class Kernel:
         return Kernel(self.function, grid)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _machine.running():  # a kernel called by a kernel is inlined
-            return self.function(*args, **kwargs)
+        if _machine.running():
+            name = self.function.__name__
+            fail("nki.jit", name, "functions called by a kernel to have no decorator", "a kernel")
         return simulate(self)(*args, **kwargs)
 
 

@@ -649,6 +649,15 @@ BROKEN = {
         "start at partition 0 or 64, got start 32",
         lambda: nisa.memset(sbuf((128, 4))[32:96], 0),
     ),
+    "too many elements": (
+        "at most 65536 elements per partition",
+        lambda: nisa.memset(sbuf((1, 65537), dtype=nl.int8, value=None), 0),
+    ),
+    "stride too wide": (
+        "strides up to 32767 elements",
+        lambda: nisa.memset(sbuf((1, 2, 32768), dtype=nl.int8, value=None)[:, :, 0:1], 0),
+    ),
+    "kernel in a kernel": ("to have no decorator, got a kernel", lambda: doubled(None)),
     "DMA from PSUM": (
         "dma_copy: src: expected a tensor in sbuf or",
         lambda: nisa.dma_copy(sbuf((1, 1)), psum((1, 1))),
@@ -928,6 +937,20 @@ def test_what_is_not_covered_names_the_instruction(name):
     with pytest.raises(NotImplementedError, match=f"nki.isa.{name} is not covered"):
         getattr(nisa, name)
     assert not hasattr(nisa, name) and not hasattr(nl, name) and not hasattr(nki, name)
+
+
+def test_indirect_forms_that_are_not_covered_say_so():
+    def rows():
+        return nl.zeros((8, 8), nl.float32, nl.shared_hbm).vector_select(
+            0, sbuf((4, 1), dtype=nl.int32, value=1)
+        )
+
+    for instruction, step in {
+        "dma_transpose": lambda: nisa.dma_transpose(sbuf((8, 4)), rows()),
+        "dma_compute": lambda: nisa.dma_compute(sbuf((4, 8)), [rows()], nl.add),
+    }.items():
+        with pytest.raises(NotImplementedError, match=f"nki.isa.{instruction} with"):
+            body(step)
 
 
 # -- launches ---------------------------------------------------------------------------------------
