@@ -27,8 +27,9 @@ broadcast of gamma only, its 8 banks in rotation.
 **Why fp16.** VectorE is two to four times as fast when every operand is a 16-bit float in SBUF. bf16 would
 lose: 8 significant bits before a conversion that keeps 4 move more than 2 % of the codes, fp16's 11 bits move
 0.4 %. What fp16 lacks is range, so the values are brought into it: a row times its rsqrt(mean square) lies
-within ±sqrt(H), gamma over its largest magnitude within ±1, and a power of two (C) lifts the product to just
-below fp16's 65504, leaving 22 octaves under the codes' own. Rows and gammas of any magnitude come out alike.
+within ±sqrt(H), gamma over the power of two above its largest magnitude (G) within ±1, and another power of two
+(C) lifts the product to just below fp16's 65504, leaving 22 octaves under the codes' own. Rows and gammas of any
+magnitude come out alike.
 For H <= 256 an instruction costs its minimum of 64 cycles in either mode, and everything is fp32.
 
 **Engine by engine**, cycles per tile of 128 rows (0.96 GHz on VectorE, 1.2 GHz on ScalarE):
@@ -59,8 +60,8 @@ therefore issues the first half of tile i + 1 before the second half of tile i, 
 scale.
 
 **NaN and Inf.** What hardware makes of ``max(NaN, x)`` is not documented, so the maximum is not trusted with the
-news: mean square times rsqrt is NaN exactly when the mean square (or gamma) is not finite, and 0 times that is
-added to the scale. The codes of such a row mean nothing: scale NaN says so. With STATIC there is no scale, and
+news: the mean square times its two rsqrts is NaN exactly when it, or gamma, is not finite, and 0 times that is added
+to the scale. The codes of such a row mean nothing: scale NaN says so. With STATIC there is no scale, and
 every code of the row becomes 0x7F, NaN in both FP8 formats. No instruction mixes rows.
 
 **Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of the elements (measured
@@ -68,17 +69,18 @@ in the simulator: tests/kernels/nki), scales by at most 2^-10 relative.
 
 Pseudocode::
 
-    gamma_max = max|gamma|;  g = fp16(gamma / gamma_max)              once, [128, H]
-    w = gamma_max / C                                                 v * w = y
+    G = power of two above max|gamma|;  g = fp16(gamma / G)           once, [128, H]
     for each tile of 128 rows:
         x    = load(hidden) [+ residual]
-        ms   = sum((x / sqrt(H))²);  r = rsqrt(ms + eps);  bad = 0 * ms * r
+        ms   = sum((x / sqrt(H))²)
+        r    = rsqrt(ms);  u = ms * r * rsqrt(ms + eps)                u: 1, or less where eps matters
         v    = fp16(fp16(x * r * C) * g)
         peak = max|v|
+        w    = u * G / C                                               v * w = y
         s    = max(min(peak * w, lower_bound) / R, 1e-6)
         q    = w / s
         code = to_fp8(v * q)               with clipping: v = fp16(clip(v * q, ±R)); code = to_fp8(v)
-        store(code, s + bad)
+        store(code, s + 0 * u)
 """
 
 from dataclasses import dataclass
@@ -311,8 +313,22 @@ def _check_gamma(name, gamma, width):
     )
 
 
-# Columns of a tile's numbers, one per row: mean square, rsqrt, 0 or NaN, max|v|, scale before the news, scale, q.
-MEAN_SQUARE, RSQRT, BAD, PEAK, FLOORED, SCALE, Q = 0, 1, 2, 3, 4, 5, 6
+# Columns of a tile's numbers, one per row: mean square; 1/rms, of the row as it is and with eps; what times v is y,
+# over C, and that over R; 0 or NaN; max|v|; scale before it hears of NaN, scale, and what times v is a code.
+MEAN_SQUARE, INVERSE, RSQRT, W, W_OVER_MAX, BAD, PEAK, FLOORED, SCALE, Q, NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+)
+TINY = 1e-36  # added to the mean square of a row of zeros before its rsqrt
 
 
 class _Tiles(nl.NKIObject):
@@ -335,10 +351,18 @@ class _Tiles(nl.NKIObject):
         self.constants = nl.ndarray((pmax, 8), dtype=nl.float32, buffer=nl.sbuf)
         self.eps = self.constants[:, 0:1]  # eps + 0 or, where gamma is not finite, NaN
         self.zero = self.constants[:, 1:2]
-        self.w = self.constants[:, 2:3]  # v * w = y
-        self.w_over_max = self.constants[:, 3:4]
+        self.tiny = self.constants[:, 7:8]
+        self.w = self.constants[:, 2:3]  # G / C; 1 without a norm
+        self.over_max = self.constants[:, 3:4]  # 1 / R
         self.static_q = self.constants[:, 4:5]
+        # Codes lie within ±high: R, or the lower bound over the scale where that is less. A lower bound below
+        # R * SCALE_FLOOR is below every scale that it does not determine, so with ROW this is known here.
+        self.high = self.fp8_max
+        if kargs.has_lower_bound():
+            self.high = min(self.fp8_max, kargs.lower_bound / SCALE_FLOOR)
+        self.low = -self.high
         nisa.memset(self.zero, 0.0)
+        nisa.memset(self.tiny, TINY)
         # |v| in pieces; NO_NORM quantizes x itself
         self.peak_dtype = self.work_dtype if kargs.needs_rms_normalization() else x_dtype
         self.fold = []
@@ -369,7 +393,7 @@ class _Tiles(nl.NKIObject):
                 self.v.append(nl.ndarray((pmax, self.width), dtype=self.work_dtype, buffer=nl.sbuf))
             self.codes.append(nl.ndarray((pmax, self.pitch), dtype=nl.uint8, buffer=nl.sbuf))
         for _ in range(2):
-            self.stats.append(nl.ndarray((pmax, 8), dtype=nl.float32, buffer=nl.sbuf))
+            self.stats.append(nl.ndarray((pmax, NUMBERS), dtype=nl.float32, buffer=nl.sbuf))
             if residual_dtype != None:
                 chunk = (pmax, min(self.width, RESIDUAL_CHUNK))
                 self.rounded.append(nl.ndarray(chunk, dtype=residual_dtype, buffer=nl.sbuf))
@@ -383,12 +407,8 @@ def _lift(width):
     return 32768.0 / root
 
 
-def _rmsnorm_quant(
-    hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, residual, dtype_mode, out_dtype
-):
-    rows, width = _check(
-        hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, residual, dtype_mode
-    )
+def _rmsnorm_quant(hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, residual, dtype_mode, out_dtype):
+    rows, width = _check(hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, residual, dtype_mode)
     static = kargs.quantization_type == QuantizationType.STATIC
     out_width = width if static else width + SCALE_BYTES
     shape = tuple(hidden.shape)
@@ -449,9 +469,7 @@ def _prepare_constants(tiles, ln_w, pre_norm_gamma, input_dequant_scale):
             tiles.psum.append(nl.ndarray(bank, dtype=nl.float32, buffer=nl.psum))
         nisa.memset(tiles.eps, kargs.eps)
     if pre_norm_gamma != None:
-        tiles.pre_gamma = nl.ndarray(
-            (pmax, tiles.width), dtype=pre_norm_gamma.dtype, buffer=nl.sbuf
-        )
+        tiles.pre_gamma = nl.ndarray((pmax, tiles.width), dtype=pre_norm_gamma.dtype, buffer=nl.sbuf)
         _broadcast_gamma(tiles, tiles.pre_gamma, pre_norm_gamma, 1.0)
     if kargs.needs_rms_normalization():
         inverse = _measure_gamma(tiles, ln_w)
@@ -459,17 +477,29 @@ def _prepare_constants(tiles, ln_w, pre_norm_gamma, input_dequant_scale):
         _broadcast_gamma(tiles, tiles.gamma, ln_w, inverse)
     else:
         nisa.memset(tiles.w, 1.0)
-    nisa.tensor_scalar(
-        dst=tiles.w_over_max, data=tiles.w, op0=nl.multiply, operand0=1.0 / tiles.fp8_max
-    )
+    nisa.memset(tiles.over_max, 1.0 / tiles.fp8_max)
     if tiles.static:
         nisa.dma_copy(dst=tiles.static_q, src=input_dequant_scale)
         nisa.reciprocal(dst=tiles.static_q, data=tiles.static_q)
-        nisa.tensor_tensor(dst=tiles.static_q, data1=tiles.static_q, data2=tiles.w, op=nl.multiply)
+        if kargs.has_lower_bound():
+            tiles.high, tiles.low = tiles.constants[:, 5:6], tiles.constants[:, 6:7]
+            nisa.tensor_scalar(
+                dst=tiles.high,
+                data=tiles.static_q,
+                op0=nl.multiply,
+                operand0=kargs.lower_bound,
+                op1=nl.minimum,
+                operand1=tiles.fp8_max,
+            )
+            nisa.tensor_scalar(dst=tiles.low, data=tiles.high, op0=nl.multiply, operand0=-1.0)
 
 
 def _measure_gamma(tiles, ln_w):
-    """Find max|gamma| with gamma spread over partitions; set w and eps, return 1 / max|gamma|, ``[128, 1]``."""
+    """Find G, the power of two above max|gamma|; set w and eps, return 1 / G on every partition, ``[128, 1]``.
+
+    A power of two because dividing by it keeps every bit of a bf16 gamma: a row of equal numbers then has exact
+    products, and codes that are ties in fp32 are ties here.
+    """
     pmax = nl.tile_size.pmax
     spread = 1  # partitions: the largest power of two that divides H
     while spread < pmax and tiles.width % (2 * spread) == 0:
@@ -489,13 +519,14 @@ def _measure_gamma(tiles, ln_w):
     nisa.tensor_reduce(dst=numbers[0:1, 1:2], op=nl.maximum, data=row, axis=1)
     largest = tiles.psum[1][:, 0:1]
     nisa.nc_matmul(dst=largest, stationary=ones[0:1, :], moving=numbers[0:1, 1:2], accumulate=False)
-    nisa.tensor_scalar(
-        dst=numbers[:, 2:3], data=largest, op0=nl.maximum, operand0=GAMMA_FLOOR
-    )
-    nisa.tensor_scalar(
-        dst=tiles.w, data=numbers[:, 2:3], op0=nl.multiply, operand0=1.0 / tiles.lift
-    )
-    nisa.reciprocal(dst=numbers[:, 3:4], data=numbers[:, 2:3])
+    power = numbers[:, 2:3]
+    nisa.tensor_scalar(dst=power, data=largest, op0=nl.maximum, operand0=GAMMA_FLOOR)
+    # Its exponent alone is the power of two below; twice that is above.
+    exponent = power.view(nl.int32)
+    nisa.tensor_scalar(dst=exponent, data=exponent, op0=nl.bitwise_and, operand0=0x7F800000)
+    nisa.tensor_scalar(dst=power, data=power, op0=nl.multiply, operand0=2.0)
+    nisa.tensor_scalar(dst=tiles.w, data=power, op0=nl.multiply, operand0=1.0 / tiles.lift)
+    nisa.reciprocal(dst=numbers[:, 3:4], data=power)
 
     # 0 * gamma sums to 0, or to NaN where an element is not finite: every row is to hear of that.
     nisa.activation(
@@ -555,13 +586,13 @@ def _load(tiles, i, rows, source, addend, total, start):
     hidden = source[start : start + rows, :]
     if tiles.pre_gamma != None:
         nisa.dma_copy(dst=x, src=hidden)
-        stats = tiles.stats[i % 2][0:rows, :]
-        _rsqrt_mean_square(tiles, i, rows, x)
+        _mean_square(tiles, i, rows, x)
+        _rsqrt(tiles, i, rows, RSQRT, tiles.eps)
         nisa.scalar_tensor_tensor(
             dst=x,
             data=x,
             op0=nl.multiply,
-            operand0=stats[:, RSQRT : RSQRT + 1],
+            operand0=_number(tiles, i, rows, RSQRT),
             op1=nl.multiply,
             operand1=tiles.pre_gamma[0:rows, :],
         )
@@ -585,25 +616,34 @@ def _store_sum(tiles, rows, x, total):
         nisa.dma_copy(dst=total[:, start:stop], src=piece)
 
 
-def _rsqrt_mean_square(tiles, i, rows, x):
-    """stats[MEAN_SQUARE], stats[RSQRT] of x; the squares themselves land in v, which is not yet in use."""
-    stats = tiles.stats[i % 2][0:rows, :]
-    mean_square, rsqrt = stats[:, MEAN_SQUARE : MEAN_SQUARE + 1], stats[:, RSQRT : RSQRT + 1]
+def _number(tiles, i, rows, column):
+    """``[rows, 1]``: a column of tile i's numbers."""
+    return tiles.stats[i % 2][0:rows, column : column + 1]
+
+
+def _mean_square(tiles, i, rows, x):
+    """Set MEAN_SQUARE to that of x; the squares themselves land in v, which is not yet in use."""
     nisa.activation(
         dst=_junk(tiles, i, rows),
         op=nl.square,
         data=x,
         scale=tiles.width**-0.5,
         reduce_op=nl.add,
-        reduce_res=mean_square,
+        reduce_res=_number(tiles, i, rows, MEAN_SQUARE),
         reduce_cmd=nisa.reduce_cmd.reset_reduce,
     )
-    nisa.tensor_tensor(
-        dst=rsqrt, data1=mean_square, data2=tiles.eps[0:rows, :], op=nl.add, engine=nisa.engine.gpsimd
-    )
-    nisa.tensor_scalar(
-        dst=rsqrt, data=rsqrt, op0=nl.rsqrt, operand0=0.0, engine=nisa.engine.gpsimd
-    )
+
+
+def _rsqrt(tiles, i, rows, column, addend):
+    """Set ``column`` to rsqrt(mean square + addend)."""
+    result = _number(tiles, i, rows, column)
+    _on_gpsimd(result, _number(tiles, i, rows, MEAN_SQUARE), addend[0:rows, :], nl.add)
+    nisa.tensor_scalar(dst=result, data=result, op0=nl.rsqrt, operand0=0.0, engine=nisa.engine.gpsimd)
+
+
+def _on_gpsimd(dst, data1, data2, op):
+    """One number per row: GpSimdE has the time, VectorE and ScalarE have not."""
+    nisa.tensor_tensor(dst=dst, data1=data1, data2=data2, op=op, engine=nisa.engine.gpsimd)
 
 
 def _junk(tiles, i, rows):
@@ -616,8 +656,7 @@ def _junk(tiles, i, rows):
 def _normalize(tiles, i, rows):
     """First half of tile i: v and, in ROW, its largest magnitude; BAD is 0, or NaN for a row that is lost."""
     x = tiles.x[i % len(tiles.x)][0:rows, :]
-    stats = tiles.stats[i % 2][0:rows, :]
-    bad, peak = stats[:, BAD : BAD + 1], stats[:, PEAK : PEAK + 1]
+    bad, peak = _number(tiles, i, rows, BAD), _number(tiles, i, rows, PEAK)
     if not tiles.kargs.needs_rms_normalization():
         nisa.activation(
             dst=_junk(tiles, i, rows),
@@ -631,13 +670,18 @@ def _normalize(tiles, i, rows):
         if not tiles.static:
             _abs_max(tiles, peak, x)
         return
-    _rsqrt_mean_square(tiles, i, rows, x)
-    rsqrt = stats[:, RSQRT : RSQRT + 1]
-    gpsimd = nisa.engine.gpsimd
-    nisa.tensor_tensor(
-        dst=bad, data1=stats[:, MEAN_SQUARE : MEAN_SQUARE + 1], data2=rsqrt, op=nl.multiply, engine=gpsimd
-    )
-    nisa.tensor_tensor(dst=bad, data1=bad, data2=tiles.zero[0:rows, :], op=nl.multiply, engine=gpsimd)
+    _mean_square(tiles, i, rows, x)
+    # v has the row's own scale, without eps, or a row far below it would be lost in fp16; w makes up for that:
+    # ms * (1 / rms) * rsqrt(ms + eps), which is finite exactly when the mean square and gamma are.
+    inverse, rsqrt = _number(tiles, i, rows, INVERSE), _number(tiles, i, rows, RSQRT)
+    w = _number(tiles, i, rows, W)
+    _rsqrt(tiles, i, rows, INVERSE, tiles.tiny)
+    _rsqrt(tiles, i, rows, RSQRT, tiles.eps)
+    _on_gpsimd(w, _number(tiles, i, rows, MEAN_SQUARE), inverse, nl.multiply)
+    _on_gpsimd(w, w, rsqrt, nl.multiply)
+    _on_gpsimd(bad, w, tiles.zero[0:rows, :], nl.multiply)
+    _on_gpsimd(w, w, tiles.w[0:rows, :], nl.multiply)
+    _on_gpsimd(_number(tiles, i, rows, W_OVER_MAX), w, tiles.over_max[0:rows, :], nl.multiply)
     v = tiles.v[i % len(tiles.v)][0:rows, :]
     # fp32 takes VectorE's slow mode: ScalarE helps out.
     split = tiles.width if tiles.x_dtype != nl.float32 else tiles.width * 5 // 8
@@ -646,13 +690,13 @@ def _normalize(tiles, i, rows):
             dst=v[:, 0:split],
             data=x[:, 0:split],
             op0=nl.multiply,
-            operand0=rsqrt,
+            operand0=inverse,
             op1=nl.multiply,
             operand1=tiles.lift,
         )
     if split < tiles.width:
-        lifted = stats[:, FLOORED : FLOORED + 1]
-        nisa.tensor_scalar(dst=lifted, data=rsqrt, op0=nl.multiply, operand0=tiles.lift)
+        lifted = _number(tiles, i, rows, FLOORED)
+        nisa.tensor_scalar(dst=lifted, data=inverse, op0=nl.multiply, operand0=tiles.lift)
         nisa.activation(
             dst=v[:, split : tiles.width], op=nl.copy, data=x[:, split : tiles.width], scale=lifted
         )
@@ -673,12 +717,8 @@ def _abs_max(tiles, peak, data):
     nisa.tensor_scalar(dst=folded[:, 0:size], data=data[:, 0:size], op0=nl.abs, operand0=0.0)
     for start in range(size, width, size):
         n = min(size, width - start)
-        nisa.tensor_scalar(
-            dst=piece[:, 0:n], data=data[:, start : start + n], op0=nl.abs, operand0=0.0
-        )
-        nisa.tensor_tensor(
-            dst=folded[:, 0:n], data1=folded[:, 0:n], data2=piece[:, 0:n], op=nl.maximum
-        )
+        nisa.tensor_scalar(dst=piece[:, 0:n], data=data[:, start : start + n], op0=nl.abs, operand0=0.0)
+        nisa.tensor_tensor(dst=folded[:, 0:n], data1=folded[:, 0:n], data2=piece[:, 0:n], op=nl.maximum)
     while size > 128:
         half = size // 2
         nisa.tensor_tensor(
@@ -710,52 +750,63 @@ def _reduce_abs_max(peak, data, scratch):
 def _quantize(tiles, i, rows):
     """Second half of tile i: scale, codes, packed rows."""
     width = tiles.width
-    stats = tiles.stats[i % 2][0:rows, :]
     codes = tiles.codes[i % len(tiles.codes)]
     data = tiles.x[i % len(tiles.x)][0:rows, :]
     if tiles.kargs.needs_rms_normalization():
         data = tiles.v[i % len(tiles.v)][0:rows, :]
-    q = tiles.static_q[0:rows, :]
-    if not tiles.static:
-        _find_scale(tiles, stats, rows)
-        q = stats[:, Q : Q + 1]
+    q = _number(tiles, i, rows, Q)
+    if tiles.static:
+        _on_gpsimd(q, _w(tiles, i, rows), tiles.static_q[0:rows, :], nl.multiply)
+    else:
+        _find_scale(tiles, i, rows)
     if tiles.clips:
         # In code units, where fp16 has range and precision to spare.
         clipped = tiles.v[i % len(tiles.v)][0:rows, :]
-        nisa.tensor_scalar(
-            dst=clipped, data=data, op0=nl.multiply, operand0=q, op1=nl.minimum, operand1=tiles.fp8_max
-        )
-        nisa.tensor_scalar(dst=clipped, data=clipped, op0=nl.maximum, operand0=-tiles.fp8_max)
+        high, low = tiles.high, tiles.low
+        if tiles.static and tiles.kargs.has_lower_bound():
+            high, low = high[0:rows, :], low[0:rows, :]
+        nisa.tensor_scalar(dst=clipped, data=data, op0=nl.multiply, operand0=q, op1=nl.minimum, operand1=high)
+        nisa.tensor_scalar(dst=clipped, data=clipped, op0=nl.maximum, operand0=low)
         data, q = clipped, 1.0
     out = codes.view(tiles.fp8)[0:rows, 0:width]
     # Without a norm ScalarE and VectorE have the same work; with one VectorE has no time left.
     split = width if tiles.kargs.needs_rms_normalization() else (width + 1) // 2
     nisa.activation(dst=out[:, 0:split], op=nl.copy, data=data[:, 0:split], scale=q)
     if split < width:
-        nisa.tensor_scalar(
-            dst=out[:, split:width], data=data[:, split:width], op0=nl.multiply, operand0=q
-        )
+        nisa.tensor_scalar(dst=out[:, split:width], data=data[:, split:width], op0=nl.multiply, operand0=q)
     if tiles.static:
         _spoil_bad_rows(tiles, i, rows, codes)
     else:
         nisa.tensor_copy(
             dst=codes[0:rows, width : width + SCALE_BYTES],
-            src=stats[:, SCALE : SCALE + 1].view(nl.uint8),
+            src=_number(tiles, i, rows, SCALE).view(nl.uint8),
             engine=nisa.engine.gpsimd,
         )
 
 
-def _find_scale(tiles, stats, rows):
-    """stats[SCALE], stats[Q] from stats[PEAK]; Q takes the scale without the NaN of a lost row."""
-    gpsimd = nisa.engine.gpsimd
-    floored, scale = stats[:, FLOORED : FLOORED + 1], stats[:, SCALE : SCALE + 1]
-    q, peak = stats[:, Q : Q + 1], stats[:, PEAK : PEAK + 1]
+def _w(tiles, i, rows):
+    """What times v is y, row by row."""
+    if tiles.kargs.needs_rms_normalization():
+        return _number(tiles, i, rows, W)
+    return tiles.w[0:rows, :]
+
+
+def _find_scale(tiles, i, rows):
+    """Set SCALE and Q from PEAK; Q takes the scale before it hears of NaN."""
+    floored, q, peak = (
+        _number(tiles, i, rows, FLOORED),
+        _number(tiles, i, rows, Q),
+        _number(tiles, i, rows, PEAK),
+    )
+    w_over_max = tiles.over_max[0:rows, :]
+    if tiles.kargs.needs_rms_normalization():
+        w_over_max = _number(tiles, i, rows, W_OVER_MAX)
     if tiles.kargs.has_lower_bound():
         nisa.tensor_scalar(
             dst=peak,
             data=peak,
             op0=nl.multiply,
-            operand0=tiles.w_over_max[0:rows, :],
+            operand0=w_over_max,
             op1=nl.minimum,
             operand1=tiles.kargs.lower_bound / tiles.fp8_max,
         )
@@ -765,15 +816,13 @@ def _find_scale(tiles, stats, rows):
             dst=floored,
             data=peak,
             op0=nl.multiply,
-            operand0=tiles.w_over_max[0:rows, :],
+            operand0=w_over_max,
             op1=nl.maximum,
             operand1=SCALE_FLOOR,
         )
-    nisa.tensor_tensor(
-        dst=scale, data1=floored, data2=stats[:, BAD : BAD + 1], op=nl.add, engine=gpsimd
-    )
+    _on_gpsimd(_number(tiles, i, rows, SCALE), floored, _number(tiles, i, rows, BAD), nl.add)
     nisa.reciprocal(dst=q, data=floored)
-    nisa.tensor_tensor(dst=q, data1=q, data2=tiles.w[0:rows, :], op=nl.multiply, engine=gpsimd)
+    _on_gpsimd(q, q, _w(tiles, i, rows), nl.multiply)
 
 
 def _spoil_bad_rows(tiles, i, rows, codes):
@@ -784,7 +833,7 @@ def _spoil_bad_rows(tiles, i, rows, codes):
     elif tiles.width % 2 == 0:
         dtype, size = nl.uint16, 2
     n = tiles.width // size
-    bad = tiles.stats[i % 2][0:rows, BAD : BAD + 1]
+    bad = _number(tiles, i, rows, BAD)
     spoiled = nl.ndarray((nl.tile_size.pmax, 4), dtype=nl.uint8, buffer=nl.sbuf)
     which = nl.ndarray((nl.tile_size.pmax, 1), dtype=dtype, buffer=nl.sbuf)
     nisa.memset(spoiled, NAN_CODE)
