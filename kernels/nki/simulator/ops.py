@@ -71,7 +71,6 @@ ARITHMETIC: dict[str, Function] = {
     "add": np.add,
     "subtract": np.subtract,
     "multiply": np.multiply,
-    "divide": np.divide,
     "maximum": np.maximum,
     "minimum": np.minimum,
     "equal": _truth(np.equal),
@@ -86,8 +85,6 @@ ARITHMETIC: dict[str, Function] = {
     "power": np.power,
     "abs_max": lambda x, y: np.where(np.abs(x) > np.abs(y), x, y),
     "abs_min": lambda x, y: np.where(np.abs(x) < np.abs(y), x, y),
-    "fmod": np.fmod,
-    "mod": np.mod,
 }
 UNARY: dict[str, Function] = {
     "abs": np.abs,
@@ -95,10 +92,7 @@ UNARY: dict[str, Function] = {
     "relu": lambda x: np.maximum(x, np.float32(0)),
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "reciprocal": lambda x: 1 / x,
-    "logical_not": lambda x: (x == 0).astype(np.float32),
-    "bypass": lambda x: x,
 }
-COMMUTATIVE = {"add", "multiply", "maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"}
 IDENTITY: dict[str, float] = {
     "add": 0.0,
     "subtract": 0.0,

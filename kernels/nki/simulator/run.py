@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from . import dtypes, hardware
@@ -301,9 +300,6 @@ class _Inputs:
         """Inputs that had to be copied get what the kernel wrote."""
         for original, dense in self._copies:
             original[...] = dense
-
-
-_TORCH_BYTES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 
 
 def _from_torch(torch: Any, tensor: Any) -> np.ndarray:
