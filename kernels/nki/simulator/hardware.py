@@ -53,16 +53,20 @@ TARGETS = {
 }
 
 
-def target() -> Target:
-    """The target of ``NEURON_PLATFORM_TARGET_OVERRIDE``: trn1, trn2, trn3 or gen2, gen3, gen4; unset, trn2.
+TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 
-    Raises ValueError for another value.
+
+def target(name: str | None = None) -> Target:
+    """The target called trn1, trn2, trn3 or gen2, gen3, gen4.
+
+    None: that of ``NEURON_PLATFORM_TARGET_OVERRIDE``, as in the Neuron SDK; trn2 where it is not set.
+    Raises ValueError for another name.
     """
-    name = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
+    name = name or os.environ.get(TARGET_VARIABLE, "trn2")
     for short, candidate in TARGETS.items():
         if name in (short, candidate.generation):
             return candidate
-    raise ValueError(f"NEURON_PLATFORM_TARGET_OVERRIDE: expected one of {', '.join(TARGETS)}, got {name!r}")
+    raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
 
 
 # -- the cost model (Trainium2) ----------------------------------------------------------------------

@@ -72,12 +72,14 @@ class Pool:
 class Machine:
     """One program of the launch grid on one NeuronCore."""
 
-    def __init__(self, program: int, grid: tuple[int, ...], shared: Any, cost: Any) -> None:
+    def __init__(
+        self, program: int, grid: tuple[int, ...], shared: Any, cost: Any, target: hardware.Target
+    ) -> None:
         self.program = program
         self.grid = grid
         self.shared = shared
         self.cost = cost
-        self.target = hardware.target()
+        self.target = target
         self.sbuf = Pool("SBUF", self.target.sbuf_bytes)
         self.psum = Pool("PSUM", hardware.PSUM_BYTES, hardware.PSUM_BANK_BYTES)
         self.arenas: dict[str, Any] = {}
@@ -99,6 +101,11 @@ def current() -> Machine:
 def running() -> bool:
     """Whether a kernel runs on this thread."""
     return getattr(_local, "machine", None) is not None
+
+
+def target() -> hardware.Target:
+    """What the running kernel is simulated for; outside of one, what the next would be."""
+    return current().target if running() else hardware.target()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -40,37 +41,44 @@ class Kernel:
         return simulate(self)(*args, **kwargs)
 
 
-def simulate(kernel: Any, grid: Any = None) -> Callable[..., Any]:
+def simulate(kernel: Any, grid: Any = None, target: str | None = None) -> Callable[..., Any]:
     """Make `kernel` callable on NumPy arrays or torch tensors, on the CPU.
 
     Arrays become HBM tensors and are updated in place where the kernel writes them; other arguments pass
     through. Results come back as the kind of array that came in. ``grid``: None or 1 for one program, n or
-    ``(n,)`` for n concurrent programs over shared HBM. Where the Neuron SDK's own ``nki`` is installed and
-    the kernel was written against it, its simulator runs instead.
+    ``(n,)`` for n concurrent programs over shared HBM. ``target``: trn1, trn2 or trn3; None is that of
+    ``NEURON_PLATFORM_TARGET_OVERRIDE``, or trn2 (see ``hardware.Target`` for what differs).
 
-    Raises NkiSimulationError where the kernel breaks a rule, NotImplementedError for what is not covered.
+    A kernel written against the Neuron SDK's own ``nki``, where that is installed, runs in the SDK's
+    simulator instead.
+
+    Raises NkiSimulationError where the kernel breaks a rule, NotImplementedError for what is not covered,
+    ValueError for a grid or target that does not exist.
     """
-    real = _real_nki(kernel)
-    if real is not None:
-        sizes = _sizes(grid)
-        return real.simulate(kernel if sizes is None else kernel[sizes[0]])
+    real, sizes = _real_nki(kernel), _sizes(grid)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _launch(kernel, grid, None, args, kwargs)
+        if real is None:
+            return _launch(kernel, grid, target, None, args, kwargs)
+        with _target_in_environment(target):
+            return real.simulate(kernel if sizes is None else kernel[sizes[0]])(*args, **kwargs)
 
     return call
 
 
-def cost(kernel: Any, grid: Any = None) -> Callable[..., CostReport]:
-    """Make `kernel` callable like :func:`simulate`; the call returns a :class:`CostReport`, a MODEL."""
+def cost(kernel: Any, grid: Any = None, target: str | None = None) -> Callable[..., CostReport]:
+    """Make `kernel` callable like :func:`simulate`; the call returns a :class:`CostReport`, a MODEL.
+
+    Raises NotImplementedError for another target than trn2.
+    """
     if _real_nki(kernel) is not None:
         raise NkiSimulationError("cost() runs on this simulator: import the kernel under as_nki()")
 
     def call(*args: Any, **kwargs: Any) -> CostReport:
-        if hardware.target() is not hardware.TARGETS["trn2"]:
+        if hardware.target(target) is not hardware.TARGETS["trn2"]:
             raise NotImplementedError("the cost model covers Trainium2 only")
         recorders: list[Recorder] = []
-        _launch(kernel, grid, recorders, args, kwargs)
+        _launch(kernel, grid, target, recorders, args, kwargs)
         return CostReport(recorders)
 
     return call
@@ -104,13 +112,30 @@ def _real_nki(kernel: Any) -> Any:
     return importlib.import_module("nki")
 
 
+@contextmanager
+def _target_in_environment(target: str | None) -> Iterator[None]:
+    """Where the Neuron SDK's simulator looks for its target."""
+    before = os.environ.get(hardware.TARGET_VARIABLE)
+    if target is not None:
+        os.environ[hardware.TARGET_VARIABLE] = target
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[hardware.TARGET_VARIABLE] = before
+        else:
+            os.environ.pop(hardware.TARGET_VARIABLE, None)
+
+
 def _sizes(grid: Any) -> tuple[int, ...] | None:
     if grid is None:
         return None
     return tuple(int(n) for n in grid) if isinstance(grid, (tuple, list)) else (int(grid),)
 
 
-def _launch(kernel: Any, grid: Any, recorders: list[Recorder] | None, args: Any, kwargs: Any) -> Any:
+def _launch(
+    kernel: Any, grid: Any, target: str | None, recorders: list[Recorder] | None, args: Any, kwargs: Any
+) -> Any:
     function = kernel.function if isinstance(kernel, Kernel) else kernel
     if grid is None and isinstance(kernel, Kernel):
         grid = kernel.grid
@@ -128,7 +153,7 @@ def _launch(kernel: Any, grid: Any, recorders: list[Recorder] | None, args: Any,
         recorder = None
         if recorders is not None:
             recorders.append(recorder := Recorder())
-        machines.append(_machine.Machine(program, sizes, shared, recorder))
+        machines.append(_machine.Machine(program, sizes, shared, recorder, hardware.target(target)))
     results = _run(function, args, kwargs, machines, shared)
     for m in machines:
         if m.cost is not None:

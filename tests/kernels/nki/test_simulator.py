@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 
@@ -1150,6 +1151,34 @@ def test_as_nki_puts_back_what_was_there():
         sys.modules.update(before)
 
 
+def test_a_kernel_of_the_neuron_sdk_runs_in_its_simulator(monkeypatch):
+    """A stand-in for the SDK: a module ``nki`` whose jit makes objects of a class of its own."""
+
+    class Jitted:
+        __module__ = "nki.kernel"
+
+        def __init__(self, grid=None):
+            self.grid = grid
+
+        def __getitem__(self, grid):
+            return Jitted(grid)
+
+    sdk = type(sys)("nki")
+    sdk.simulate = lambda kernel: (
+        lambda x: (kernel.grid, x, os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE"))
+    )
+    monkeypatch.setitem(sys.modules, "nki", sdk)
+    monkeypatch.delenv("NEURON_PLATFORM_TARGET_OVERRIDE", raising=False)
+    assert simulate(Jitted())(5) == (None, 5, None)
+    assert simulate(Jitted(), (2,), target="trn2")(5) == (2, 5, "trn2")
+    assert "NEURON_PLATFORM_TARGET_OVERRIDE" not in os.environ
+    with pytest.raises(NkiSimulationError, match="under as_nki"):
+        cost(Jitted())
+    plain = type(lambda: 0)(compile("0", "f", "eval"), {"nki": sdk})
+    sdk.simulate = lambda kernel: lambda: kernel
+    assert simulate(plain)() is plain
+
+
 def test_nki_calls_outside_of_a_kernel_are_refused():
     with pytest.raises(NkiSimulationError, match="outside of a kernel"):
         sbuf((4, 4))
@@ -1346,6 +1375,9 @@ def test_the_target_decides_what_is_allowed(monkeypatch):
     monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn9")
     with pytest.raises(ValueError, match="expected one of trn1, trn2, trn3, got 'trn9'"):
         simulate(doubled)(normal(4, 4))
+    simulate(call_body, target="trn3")(version)
+    with pytest.raises(NkiSimulationError, match="at most 229376 B"):
+        simulate(call_body, target="trn2")(lambda: sbuf((1, 65536)))
 
 
 @nki.jit

@@ -113,7 +113,7 @@ _WIDE_FLOATS = ("tfloat32", "float32")
 
 def get_nc_version() -> nc_version:
     """The generation simulated."""
-    return nc_version[hardware.target().generation]
+    return nc_version[_machine.target().generation]
 
 
 def get_nc_sub_version() -> int:

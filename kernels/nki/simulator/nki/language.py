@@ -51,7 +51,7 @@ class _TileSize(NKIObject):
     @property
     def sbuf_fmax_bytes(self) -> int:
         """SBUF bytes per partition."""
-        return hardware.target().sbuf_bytes
+        return _machine.target().sbuf_bytes
 
     total_available_sbuf_size = sbuf_fmax_bytes
 
