@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
@@ -45,7 +47,9 @@ def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **{**SIZES, **changes})
 
 
-def write_checkpoint(config: PreTrainedConfig, folder: Path, *, fp8: bool = True) -> Path:
+def write_checkpoint(
+    config: PreTrainedConfig, folder: Path, *, fp8: bool = True, target: str = "trn2"
+) -> Path:
     """Write a checkpoint of random weights to ``folder``; with ``fp8`` in ``folder/fp8``, converted.
 
     Norm weights are not all ones, so that a norm left out or applied twice changes the logits.
@@ -70,7 +74,7 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path, *, fp8: bool = True
     (folder / "config.json").write_text(json.dumps(content, default=str))
     if not fp8:
         return folder
-    quantize(folder, folder / "fp8")
+    quantize(folder, folder / "fp8", target)
     return folder / "fp8"
 
 
@@ -105,7 +109,10 @@ class Loaded:
         self.report: fusion.FusionReport | None = getattr(self.model, "rmsq_report", None)
 
     def logits(self, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-        """Return ``[T, vocabulary]`` logits of a prefill without KV cache (attention then yields zeros)."""
+        """Return ``[T, vocabulary]`` logits of one causal prefill, without KV cache."""
+        for module in self.model.modules():
+            if isinstance(module, Attention):
+                module.forward = functools.partial(_causal_attention, module)
         with (
             torch.no_grad(),
             set_current_vllm_config(self.config),
@@ -115,3 +122,12 @@ class Loaded:
                 input_ids=tokens, positions=torch.arange(len(tokens)), intermediate_tensors=None
             )
             return self.model.compute_logits(hidden)
+
+
+def _causal_attention(layer: Attention, query, key, value):
+    """Stand in for vLLM's attention, which needs an engine's KV cache: ``[T, heads * head_dim]`` each."""
+    q, k, v = (x.reshape(len(query), -1, layer.head_size).transpose(0, 1) for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=layer.impl.scale, enable_gqa=True
+    )
+    return out.transpose(0, 1).reshape(len(query), -1)

@@ -107,13 +107,20 @@ def bind(model: torch.nn.Module, vllm_config: VllmConfig) -> FusionReport | None
     linears = [module for module in names if getattr(module, "_input_quant_key", None) == PACKED_KEY]
     report.linears = len(linears)
     report.halved = sum(module.rmsq_halved for module in linears)
-    norms = [module for module in names if isinstance(module, RMSNormQuant)]
     width = vllm_config.model_config.get_hidden_size()
-    entries = {norm: NormReport(names[norm], _is_decoder_norm(names[norm], norm, width)) for norm in norms}
-    report.norms = list(entries.values())
+    entries: dict[RMSNormQuant, NormReport] = {}
+    for module, name in names.items():
+        if "RMSNorm" not in type(module).__name__:
+            continue
+        decoder = re.search(r"\.\d+\.", f".{name}.") is not None and module.weight.numel() == width
+        report.norms.append(NormReport(name, decoder))
+        if isinstance(module, RMSNormQuant):
+            entries[module] = report.norms[-1]
+        else:
+            report.norms[-1].reason = f"{type(module).__name__} is not vLLM's RMSNorm"
     general = _general_reason(choice, linears, vllm_config)
     if general:
-        for entry in report.norms:
+        for entry in entries.values():
             entry.reason = general
     else:
         _prove(model, vllm_config, entries, names)
@@ -130,10 +137,6 @@ def bind(model: torch.nn.Module, vllm_config: VllmConfig) -> FusionReport | None
             + ("; ..." if len(unfused) > 4 else "")
         )
     return report
-
-
-def _is_decoder_norm(name: str, norm: RMSNormQuant, width: int) -> bool:
-    return re.search(r"\.\d+\.", f".{name}.") is not None and norm.hidden_size == width
 
 
 def _general_reason(choice: settings.Settings, linears: list, vllm_config: VllmConfig) -> str:

@@ -9,7 +9,8 @@ def register() -> None:
     """Register layer, kernel and loader hook with vLLM.
 
     1. The environment's settings are read, so that a misspelt one stops vLLM at once, and made known to vLLM.
-    2. ``RMSNormQuant`` is registered as the out-of-tree ``RMSNorm``: stock until it is bound.
+    2. ``RMSNormQuant`` is registered as the out-of-tree ``RMSNorm``, and its sister as the norm of vLLM's
+       Transformers backend: stock until they are bound.
     3. ``PackedFp8LinearKernel`` is registered as an FP8 linear kernel and put first.
     4. The model loader is patched: it binds norms to linears once the weights are final.
 
@@ -25,7 +26,9 @@ def register() -> None:
 
     logger = init_logger(f"vllm.{__name__}")
     try:
-        from vllm_neuron_rmsq.layers.rms_norm_quant import RMSNormQuant
+        from vllm.model_executor.models.transformers.fusers.rms_norm import TPAwareRMSNorm
+
+        from vllm_neuron_rmsq.layers.rms_norm_quant import RMSNormQuant, TPAwareRMSNormQuant
         from vllm_neuron_rmsq.patches import env_variables, linear_kernel_order, model_loader
     except ImportError as error:
         if not (error.name or "").startswith("vllm."):
@@ -41,16 +44,18 @@ def register() -> None:
     from vllm.model_executor.layers.layernorm import RMSNorm
 
     env_variables.apply()
-    taken = op_registry_oot.get("RMSNorm")
-    if taken is None:
-        in_tree_name = RMSNorm.name
-        RMSNorm.register_oot(RMSNormQuant)
-        # register_oot names the class "RMSNorm"; the custom_ops switches go by the in-tree name.
-        RMSNormQuant.name = in_tree_name
-    elif taken is not RMSNormQuant:
-        logger.warning(
-            "Another plugin has replaced RMSNorm by %s: norms stay unfused, FP8 linears multiply packed rows",
-            taken.__qualname__,
-        )
+    for in_tree, ours in ((RMSNorm, RMSNormQuant), (TPAwareRMSNorm, TPAwareRMSNormQuant)):
+        taken = op_registry_oot.get(in_tree.__name__)
+        if taken is None:
+            in_tree.register_oot(ours)
+            # register_oot names the class after the class; the custom_ops switches go by this name.
+            ours.name = "rms_norm"
+        elif taken is not ours:
+            logger.warning(
+                "Another plugin has replaced %s by %s: those norms stay unfused, FP8 linears multiply packed "
+                "rows all the same",
+                in_tree.__name__,
+                taken.__qualname__,
+            )
     linear_kernel_order.apply()
     model_loader.apply()

@@ -282,9 +282,8 @@ def _unpack_gguf(source: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {}
-    if hasattr(
-        transformers, "GgufConfig"
-    ):  # from 5.16 on weights stay in GGUF's blocks unless told otherwise
+    # Newer versions keep weights in GGUF's blocks unless told otherwise.
+    if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -58,7 +58,7 @@ class NormOutputProbe(torch.Tensor):
 
     It has the output's shape, strides and dtype but no storage. Metadata may be read freely; any operator
     that PyTorch dispatches with it, from Python or C++, is passed to ``on_read`` by name and then run on
-    the real output; code that goes for the memory behind PyTorch's back fails. A packed FP8 linear calls
+    the real output; code that asks for the memory gets an error. A packed FP8 linear calls
     :meth:`open`, which is passed to ``on_open`` instead.
     """
 
@@ -71,6 +71,7 @@ class NormOutputProbe(torch.Tensor):
         probe = torch.Tensor._make_wrapper_subclass(
             cls, output.shape, strides=output.stride(), dtype=output.dtype, device=output.device
         )
+        torch._C._set_throw_on_mutable_data_ptr(probe)
         probe.output, probe.on_read, probe.on_open = output, on_read, on_open
         return probe
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.transformers.fusers.rms_norm import TPAwareRMSNorm
 
 from vllm_neuron_rmsq import ops
 from vllm_neuron_rmsq.layers.activation import PackedActivation
@@ -53,3 +54,7 @@ class RMSNormQuant(RMSNorm):
         if self.probe is None:
             return out
         return self.probe(out) if residual is None else (self.probe(out[0]), out[1])
+
+
+class TPAwareRMSNormQuant(TPAwareRMSNorm, RMSNormQuant):
+    """The same for the norm that vLLM's Transformers backend builds (SmolLM3, OLMo 2/3, Arcee, ...)."""

@@ -1,0 +1,60 @@
+// Packed FP8 rows times an FP8 weight: the pieces that are compiled for each instruction-set level.
+//
+// Dimensions:
+//     T: rows (tokens)
+//     H: hidden size, the contraction dimension; a "pair" is two neighbours along it, and an odd H is padded
+//     N: output features, in blocks of 32, the last padded with zeros
+//
+// Prepacked weight, uint8 [ceil(N/32), ceil(H/2), 64]: byte (n % 32) * 2 + h % 2 of [n / 32, h / 2] is
+// weight[n, h]. Whoever computes a block of outputs reads its bytes once, in order, and finds a pair where
+// vdpbf16ps wants it.
+#pragma once
+
+#include <stdint.h>
+
+#include "isa.h"
+
+namespace rmsq {
+
+constexpr int64_t kBlockOutputs = 32;
+
+// One thread takes at most this many rows of a block at a time.
+constexpr int64_t kGroupRows = 60;
+
+enum class FloatType { fp32, bf16, fp16 };
+
+struct PackedMatmul {
+    const uint8_t* packed;  // [T, H + 4]: codes, then the row's scale, at any alignment
+    int64_t row_stride;     // bytes
+    int64_t rows;           // T
+    int64_t hidden;         // H
+    const uint8_t* weight;  // prepacked
+    int64_t outputs;        // N
+    const float* weight_scale;  // [N], or [1] when one_scale
+    bool one_scale;
+    const void* bias;  // [N] of bias_type, or null
+    FloatType bias_type;
+    void* out;         // [T, N] of out_type, contiguous
+    FloatType out_type;
+    void* activations;      // scratch of T * activation_row_bytes(H), aligned to 64, for expand_activations
+    int64_t blocks;         // ceil(N / kBlockOutputs)
+    int64_t pairs;          // ceil(H / 2)
+    int64_t groups;         // ceil(T / kGroupRows)
+};
+
+}  // namespace rmsq
+
+// Bytes of scratch that one row of activations takes.
+RMSQ_DECLARE_KERNEL(int64_t activation_row_bytes(int64_t hidden))
+
+// Convert the codes of rows [first, last) into `activations`.
+RMSQ_DECLARE_KERNEL(void expand_activations(const PackedMatmul& matmul, int64_t first, int64_t last))
+
+// Compute items [first, last) of blocks * groups: item i is group i % groups of the rows of block i / groups.
+//
+//     out[t, n] = round(Σ_h value(packed[t, h]) * value(weight[n, h]) * scale[t] * weight_scale[n] + bias[n])
+//
+// The sum is one fp32 accumulator that takes the pairs in ascending order and the second of a pair first, as
+// vdpbf16ps does; products of two FP8 values are exact in fp32. So a row gives the same bits in any batch, on
+// any thread and at every level.
+RMSQ_DECLARE_KERNEL(void multiply_packed(const PackedMatmul& matmul, int64_t first, int64_t last))

@@ -1,0 +1,17 @@
+"""Runs what asks for ``isa`` once on each instruction-set level this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from vllm_neuron_rmsq.backends import cpu
+
+
+@pytest.fixture(scope="module", params=cpu.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of the level in force, one of ``cpu.isas()``."""
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa("auto")

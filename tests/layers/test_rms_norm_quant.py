@@ -1,0 +1,86 @@
+"""The producer: stock until bound, packed rows afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, as_quantized_activation
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
+
+import vllm_neuron_rmsq
+from vllm_neuron_rmsq import reference
+from vllm_neuron_rmsq.layers.activation import PACKED_KEY, PackedActivation
+from vllm_neuron_rmsq.layers.rms_norm_quant import Binding, RMSNormQuant
+
+H = 96
+
+
+@pytest.fixture
+def norm():
+    vllm_neuron_rmsq.register()
+    vllm_neuron_rmsq.register()  # vLLM may load plugins more than once
+    with set_current_vllm_config(VllmConfig()):
+        norm = RMSNorm(H, eps=1e-5, dtype=torch.bfloat16)
+    norm.weight.data.uniform_(0.5, 1.5)
+    return norm
+
+
+def test_takes_the_place_of_rms_norm(norm):
+    assert type(norm) is RMSNormQuant
+    assert RMSNormQuant.name == RMSNorm.name == "rms_norm"
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_unbound_is_stock(norm, with_residual):
+    x = torch.randn(3, H, dtype=torch.bfloat16)
+    residual = torch.randn_like(x) if with_residual else None
+    copies = x.clone(), residual.clone() if with_residual else None
+    stock = RMSNorm.forward(norm, *copies)
+    ours = norm(x, residual)
+    if with_residual:
+        assert torch.equal(ours[0], stock[0]) and torch.equal(ours[1], stock[1])
+    else:
+        assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("shape", [(3, H), (1, 3, H)])
+def test_bound_returns_packed_rows(norm, shape):
+    norm.binding = Binding("torch", "trn2")
+    x, residual = torch.randn(shape, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16)
+    options = {"eps": 1e-5, "target": "trn2"}
+    out = norm(x)
+    assert torch.equal(out.data, reference.rms_norm_quant(x, norm.weight, **options))
+    out, residual_out = norm(x, residual)
+    packed, expected = reference.rms_norm_quant(x, norm.weight, residual=residual, **options)
+    assert torch.equal(out.data, packed) and torch.equal(residual_out, expected)
+    # What Hugging Face's attention asks of a hidden state.
+    assert out.shape == x.shape and out.dtype == x.dtype and out.device == x.device
+    assert out.size() == x.size() and out.size(-1) == H
+
+
+def test_packed_activation_is_vllms_contract_and_strays_loudly(norm):
+    norm.binding = Binding("torch", "trn2")
+    out = norm(torch.randn(2, H, dtype=torch.bfloat16))
+    assert isinstance(out, QuantizedActivation) and isinstance(out, PackedActivation)
+    assert as_quantized_activation(out, PACKED_KEY) is out
+    assert out.scale.untyped_storage().data_ptr() == out.data.untyped_storage().data_ptr()
+    with pytest.raises(AssertionError, match="QuantizedActivation key"):
+        as_quantized_activation(out, kFp8DynamicTokenSym)
+    with pytest.raises((TypeError, AttributeError)):
+        torch.nn.functional.linear(out, torch.ones(4, H))
+
+
+def test_compiles_without_graph_breaks(norm):
+    norm.binding = Binding("torch", "trn2")
+    x = torch.randn(5, H, dtype=torch.bfloat16)
+
+    def run(x, residual):
+        out, residual = norm(x, residual)
+        return out.data, out.shape[0], residual
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    for rows in (x, x[:3]):
+        for got, expected in zip(compiled(rows, rows), run(rows, rows), strict=True):
+            assert got == expected if isinstance(got, int) else torch.equal(got, expected)

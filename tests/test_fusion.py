@@ -1,0 +1,314 @@
+"""Which norms are fused, on vLLM's own model classes built from tiny random checkpoints."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm_models import Loaded, tiny_config, write_checkpoint
+
+from vllm_neuron_rmsq import fusion, settings
+from vllm_neuron_rmsq.backends import BackendUnavailableError
+from vllm_neuron_rmsq.layers.activation import NormOutputProbe
+from vllm_neuron_rmsq.layers.rms_norm_quant import RMSNormQuant
+
+PRE_NORMS = {"input_layernorm": "qkv_proj", "post_attention_layernorm": "gate_up_proj"}
+
+ARCHITECTURES = {
+    # model type: (norms in all, fused norm in a layer -> the linear it feeds, config changes)
+    "llama": (5, PRE_NORMS, {}),
+    "mistral": (5, PRE_NORMS, {}),
+    "qwen2": (5, PRE_NORMS, {}),
+    "qwen3": (9, PRE_NORMS, {}),
+    "phi3": (5, PRE_NORMS, {}),
+    # Norms of inputs and of outputs beside each other.
+    "glm4": (9, PRE_NORMS, {}),
+    # Through the Transformers backend.
+    "smollm3": (5, PRE_NORMS, {}),
+    "seed_oss": (5, PRE_NORMS, {}),
+    "arcee": (5, {"input_layernorm": "qkv_proj", "post_attention_layernorm": "up_proj"}, {}),
+    # Post-norm models: the same names, norms of outputs.
+    "olmo2": (9, {}, {}),
+    "exaone4": (9, {}, {}),
+    # A norm with a formula of its own.
+    "gemma2": (9, {}, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
+    yield
+    settings.install(None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Return a function from model type to a tiny FP8 checkpoint of it, made once."""
+    made = {}
+
+    def make(model_type, **changes):
+        key = (model_type, *sorted(changes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(model_type) / "bf16"
+            made[key] = write_checkpoint(tiny_config(model_type, **changes), folder)
+        return made[key]
+
+    return make
+
+
+def kernel_names(loaded):
+    schemes = [getattr(module, "scheme", None) for module in loaded.model.modules()]
+    return {type(s.fp8_linear).__name__ for s in schemes if hasattr(s, "fp8_linear")}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_fuses_exactly_the_norms_that_feed_fp8_linears(model_type, checkpoint, monkeypatch):
+    count, pairs, changes = ARCHITECTURES[model_type]
+    path = checkpoint(model_type, **changes)
+    loaded = Loaded(path)
+    report = loaded.report
+    assert len(report.norms) == count
+    fused = {norm.name.rsplit(".", 1)[-1]: norm.linears for norm in report.fused}
+    assert {name: linears[0].rsplit(".", 1)[-1] for name, linears in fused.items()} == pairs
+    assert len(report.fused) == 2 * len(pairs)
+    assert all(norm.reason for norm in report.norms if norm not in report.fused)
+    logits = loaded.logits()
+    monkeypatch.setenv("VLLM_RMSQ_FUSE", "0")
+    unfused = Loaded(path)
+    assert not unfused.report.fused
+    assert unfused.report.linears == report.linears
+    if pairs:  # how close is for test_plain_forward.py to say; here, that nothing is grossly wrong
+        assert torch.nn.functional.cosine_similarity(logits, unfused.logits()).min() > 0.97
+        assert not torch.equal(logits, unfused.logits())
+    else:
+        assert torch.equal(logits, unfused.logits())
+
+
+def test_a_router_that_reads_the_norm_refutes_it(tmp_path):
+    config = tiny_config(
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    folder = write_checkpoint(tiny_config("qwen3"), tmp_path / "dense")
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    quantization["ignore"] += ["re:.*mlp.*"]
+    content = config.to_diff_dict() | {"quantization_config": quantization, "dtype": "bfloat16"}
+    moe = tmp_path / "moe"
+    moe.mkdir()
+    (moe / "config.json").write_text(json.dumps(content, default=str))
+    report = Loaded(moe, load_format="dummy").report
+    reasons = {norm.name: norm.reason for norm in report.norms}
+    assert not reasons["model.layers.0.input_layernorm"]
+    assert "read by" in reasons["model.layers.0.post_attention_layernorm"]
+
+
+def test_layers_whose_linears_are_not_fp8_stay_stock(tmp_path):
+    path = write_checkpoint(tiny_config("llama"), tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    bf16 = load_file(path.parent / "model.safetensors")
+    fp8 = load_file(path / "model.safetensors")
+    prefix = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"
+    mixed = {k: v for k, v in fp8.items() if not k.startswith(prefix)}
+    mixed |= {k: v for k, v in bf16.items() if k.startswith(prefix)}
+    save_file(mixed, path / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"]["ignore"] += list(prefix)
+    (path / "config.json").write_text(json.dumps(config))
+    report = Loaded(path).report
+    assert [norm.name for norm in report.norms if norm.reason] == [
+        "model.layers.1.post_attention_layernorm",
+        "model.norm",
+    ]
+    assert "gate_up_proj" in report.norms[3].reason
+
+
+def test_bf16_checkpoint_runs_unfused_with_the_reason(tmp_path):
+    loaded = Loaded(write_checkpoint(tiny_config("llama"), tmp_path / "m", fp8=False))
+    assert not loaded.report.fused and loaded.report.linears == 0
+    assert {norm.reason for norm in loaded.report.norms} == {
+        "the model has no FP8 linear of a supported scheme"
+    }
+    assert loaded.logits().isfinite().all()
+
+
+def test_lora_keeps_norms_stock(checkpoint):
+    report = Loaded(checkpoint("llama"), enable_lora=True, max_lora_rank=8).report
+    assert not report.fused and report.linears == 8
+    assert {norm.reason for norm in report.norms} == {"LoRA adapters read the norm's output unquantized"}
+
+
+def test_strict_refuses_an_unfused_decoder_norm(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_STRICT", "1")
+    assert len(Loaded(checkpoint("llama")).report.fused) == 4  # the final norm is no decoder norm
+    with pytest.raises(RuntimeError, match=r"VLLM_RMSQ_STRICT=1 .*post_attention_layernorm: .*aten\.add"):
+        Loaded(checkpoint("olmo2"))
+
+
+def test_off_is_stock(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "off")
+    loaded = Loaded(checkpoint("llama"))
+    assert loaded.report is None
+    assert kernel_names(loaded) == {"ChannelWiseTorchFP8ScaledMMLinearKernel"}
+    assert all(norm.binding is None for norm in loaded.model.modules() if isinstance(norm, RMSNormQuant))
+
+
+def test_additional_config_wins(checkpoint):
+    extra = {"rmsq": {"backend": "off"}, "another_plugin": {"x": 1}}
+    assert Loaded(checkpoint("llama"), additional_config=extra).report is None
+    extra = {"rmsq": {"target": "trn3", "fuse": False}}
+    report = Loaded(checkpoint("llama"), additional_config=extra).report
+    assert report.target == "trn3" and not report.fused
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("bakend", "torch", "unknown setting; expected one of backend, target, fuse, strict"),
+        ("target", "trn1", "expected one of trn2, trn3; got 'trn1'"),
+    ],
+)
+def test_misspelt_additional_config_stops_the_start(checkpoint, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        Loaded(checkpoint("llama"), additional_config={"rmsq": {key: value}})
+
+
+def test_backend_that_cannot_run_stops_the_start(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "triton")
+    with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot run here"):
+        Loaded(checkpoint("llama"))
+
+
+def test_settings_and_fused_norms_are_part_of_the_compilation_key(checkpoint, monkeypatch):
+    keys = set()
+    for fuse, target in (("1", "trn2"), ("0", "trn2"), ("1", "trn3")):
+        monkeypatch.setenv("VLLM_RMSQ_FUSE", fuse)
+        monkeypatch.setenv("VLLM_RMSQ_TARGET", target)
+        keys.add(json.dumps(Loaded(checkpoint("llama")).config.additional_config["rmsq_graph"]))
+    assert len(keys) == 3
+
+
+def test_weights_beyond_240_are_halved_for_trn2_only(tmp_path, monkeypatch):
+    path = write_checkpoint(tiny_config("llama"), tmp_path / "m", target="trn3")
+    halved = Loaded(path)
+    assert halved.report.halved == 8
+    assert "8 with weights beyond ±240 halved" in str(halved.report)
+    logits = halved.logits()
+    monkeypatch.setenv("VLLM_RMSQ_TARGET", "trn3")
+    whole = Loaded(path)
+    assert whole.report.halved == 0
+    assert torch.nn.functional.cosine_similarity(logits, whole.logits()).min() > 0.97
+
+
+@pytest.mark.parametrize("tensor", ["weight", "weight_scale"])
+def test_nan_in_a_checkpoint_stops_the_start(tmp_path, tensor):
+    path = write_checkpoint(tiny_config("llama"), tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    name = f"model.layers.0.mlp.down_proj.{tensor}"
+    tensors[name].view(torch.uint8)[0, :4] = 0x7F if tensor == "weight" else 0xFF
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds NaN or Inf in its codes or scales"):
+        Loaded(path)
+
+
+def test_a_truncated_checkpoint_stops_the_start(tmp_path):
+    path = write_checkpoint(tiny_config("llama"), tmp_path / "m") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"(?i)safetensor|incomplete|header"):
+        Loaded(path.parent)
+
+
+def test_a_model_the_dummy_forward_cannot_run_stays_stock(checkpoint, monkeypatch):
+    def fail(model, config):
+        raise IndexError("no such thing")
+
+    monkeypatch.setattr(fusion, "_dummy_forward", fail)
+    loaded = Loaded(checkpoint("llama"))
+    assert not loaded.report.fused
+    assert {n.reason for n in loaded.report.norms} == {"the dummy forward failed (IndexError: no such thing)"}
+    assert loaded.logits().isfinite().all()
+
+
+def test_an_output_that_is_kept_is_not_fused(checkpoint, monkeypatch):
+    kept = []
+    forward = fusion._dummy_forward
+
+    def keep_first(model, config):
+        first = next(m for m in model.modules() if isinstance(m, RMSNormQuant))
+        handle = first.register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            return forward(model, config)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(fusion, "_dummy_forward", keep_first)
+    report = Loaded(checkpoint("llama")).report
+    assert report.norms[0].reason == "its output is kept for later"
+    assert len(report.fused) == 3
+
+
+def test_width_mismatch_and_partial_norms_are_refuted():
+    names = {}
+    linear = torch.nn.Linear(2, 2)
+    linear._input_quant_key = fusion.PACKED_KEY
+    linear.input_size_per_partition = 64
+    names[linear] = "a.linear"
+    norm = types.SimpleNamespace(variance_size_override=None, weight=torch.ones(128), hidden_size=128)
+    assert fusion._refute(norm, [], [linear], names) == "it is 128 wide and a.linear takes 64 features"
+    norm.hidden_size = 64
+    assert fusion._refute(norm, [], [linear], names) == ""
+    linear.requires_unquantized_input = True
+    assert fusion._refute(norm, [], [linear], names) == "a.linear needs unquantized input"
+    norm.variance_size_override = 32
+    assert fusion._refute(norm, [], [linear], names) == "it normalizes by a part of the row"
+
+
+class TestProbe:
+    def probe(self):
+        reads, opens = [], []
+        output = torch.arange(8.0).reshape(2, 4)
+        return NormOutputProbe(output, reads.append, opens.append), output, reads, opens
+
+    def test_metadata_is_free(self):
+        probe, output, reads, _ = self.probe()
+        assert probe.shape == output.shape and probe.dtype == output.dtype and probe.size(-1) == 4
+        assert probe.device == output.device and probe.stride() == output.stride()
+        assert reads == []
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda p: p + 1,
+            lambda p: p.view(-1),
+            lambda p: p[0],
+            lambda p: p.add_(1),
+            lambda p: torch.nn.functional.linear(p, torch.ones(3, 4)),
+            lambda p: torch.cat([torch.ones(2, 4), p]),
+            lambda p: p.bfloat16(),
+            lambda p: p.sum().item(),
+        ],
+    )
+    def test_every_operation_is_reported_and_happens(self, read):
+        probe, output, reads, _ = self.probe()
+        expected = read(output.clone())
+        got = read(probe)
+        assert reads
+        torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("reach", [torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.tolist])
+    def test_memory_is_out_of_reach(self, reach):
+        probe, *_ = self.probe()
+        with pytest.raises(RuntimeError):
+            reach(probe)
+
+    def test_opening_is_not_reading(self):
+        probe, output, reads, opens = self.probe()
+        assert probe.open("linear") is output
+        assert opens == ["linear"] and reads == []
