@@ -32,8 +32,9 @@ def _simulated(kernel: Any, arguments: dict[str, Any]) -> Any:
     device = arguments["packed" if "packed" in arguments else "hidden"].device
     if device.type != "cpu":
         raise ValueError(f"backend nki-sim: expected tensors on the CPU, got {device}")
+    target = "trn3" if "ocp" in arguments or "dtype_mode" in arguments else "trn2"
     with torch.no_grad():
-        return simulate(kernel, _cores())(**arguments)
+        return simulate(kernel, _cores(), target=target)(**arguments)
 
 
 _kernels = nki.Kernels(_simulated, _cores, lambda: "trn3")
