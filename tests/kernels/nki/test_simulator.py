@@ -172,6 +172,10 @@ def test_dma_copy_gathers_and_scatters_rows():
     for got in simulate(gather)(data, rows):
         np.testing.assert_array_equal(got, before[rows[:, 0]])
     assert not data[rows[:, 0]].any() and (data[1] == before[1]).all()
+    words = np.array([[2**24 + 1], [2**31 - 1]], np.int32)
+    np.testing.assert_array_equal(
+        simulate(gather)(words.copy(), np.array([[1], [0]], np.uint32))[0], words[::-1]
+    )
     with pytest.raises(NkiSimulationError, match="rows below 40, got 40 on partition 1"):
         simulate(gather)(data, np.array([[0], [40]], np.uint32))
 
@@ -687,6 +691,7 @@ BROKEN = {
         "1.0 for each",
         lambda: nisa.dma_compute(sbuf((1, 1)), [sbuf((1, 1))], nl.add, scales=[2.0]),
     ),
+    "memset's value": ("a whole number of uint8, got 256", lambda: sbuf((1, 1), dtype=nl.uint8, value=256)),
     "engine cannot memset": (
         "vector or gpsimd, got scalar",
         lambda: nisa.memset(sbuf((1, 1)), 0, engine=nisa.engine.scalar),

@@ -147,8 +147,6 @@ def dma_copy(
     _dge_engine(what, dge_mode, engine)
     if dst.is_indirect() or src.is_indirect():
         _indirect_copy(what, dst, src, oob_mode, dge_mode)
-    elif dst.dtype == src.dtype:
-        dst.write(what, "dst", src.read(what, "src"))
     else:
         dst.write(what, "dst", _cast(src.read(what, "src"), src.dtype, dst.dtype))
     cost_model.dma("dma_copy", dst, [src])
@@ -156,6 +154,9 @@ def dma_copy(
 
 
 def _cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
+    """By way of fp32, but bit for bit between the same dtypes."""
+    if source == target:
+        return values
     return dtypes.from_float32(dtypes.to_float32(values, source), target)
 
 
@@ -268,7 +269,12 @@ def memset(
     on = _engine(what, engine, _E.vector, _E.vector, _E.gpsimd)
     dst = tile(what, "dst", dst, engine=on)
     check(isinstance(value, (int, float, np.number)), what, "value", "a constant", value)
-    put_bits(what, dst, np.full((), value).astype(dtypes.NUMPY[dst.dtype]))
+    dtype = dtypes.NUMPY[dst.dtype]
+    if dst.dtype in dtypes.INTEGERS:
+        limits = np.iinfo(dtype)
+        fits = limits.min <= value <= limits.max and value == int(value)
+        check(fits, what, "value", f"a whole number of {dst.dtype}", value)
+    put_bits(what, dst, np.full((), value).astype(dtype))
     issue("memset", on, cost_model.memset_cycles(on, dst, value), dst)
     return _DONE
 
@@ -313,7 +319,7 @@ def tensor_tensor(
     both = data1.buffer == data2.buffer == "psum"
     check(not both, what, "data1, data2", "at most one of them in PSUM", "both in PSUM")
     if op in ops.BITVEC:
-        x, y = _integers(what, data1=data1, data2=data2, dst=dst)[:2]
+        x, y = _integers(what, data1=data1, data2=data2, dst=dst)
         put_bits(what, dst, ops.BITVEC[op](x, y))
     elif words and on == "gpsimd":
         put_bits(what, dst, ops.ARITHMETIC[op](bits(what, "data1", data1), bits(what, "data2", data2)))
@@ -369,9 +375,8 @@ def tensor_scalar(
         (values,) = _integers(what, data=data, dst=dst)
         for op, label, operand, reverse in steps:
             other = _bit_operand(what, label, operand, data)
-            values = ops.BITVEC[op](
-                *((values,) if op == "invert" else (values, other)[:: -1 if reverse else 1])
-            )
+            sides = (other, values) if reverse else (values, other)
+            values = ops.BITVEC[op](*((values,) if op == "invert" else sides))
         put_bits(what, dst, values)
     else:
         values = numbers(what, "data", data)
@@ -398,13 +403,8 @@ def _operand(
     what: str, label: str, op: str, value: Any, data: NkiTensor, dtype: Sequence[str] | None = ("float32",)
 ) -> Any:
     if op in ops.UNARY:
-        check(
-            value is None or (not isinstance(value, NkiTensor) and value == 0),
-            what,
-            label,
-            "None or 0",
-            value,
-        )
+        unused = value is None or (not isinstance(value, NkiTensor) and value == 0)
+        check(unused, what, label, f"None or 0 with the unary nl.{op}", value)
         return None
     return scalar(what, label, value, data.shape[0], dtype)
 
