@@ -1,9 +1,10 @@
 """What the NKI kernels should cost on Trainium2, by the simulator's cost MODEL. Nothing here was measured.
 
-The model adds up what a kernel issues, priced with published clock rates, lane counts, performance modes and DMA
-bandwidth, per engine and as if nothing waited: the busiest engine is a floor of the latency, not a prediction of it.
-Beside it stand AWS's published latency targets for its own rmsnorm_quant_kernel (LNC 2), which are measured end
-to end, and what the three full-width VectorE passes of that kernel's published schedule take in the same model.
+The model adds up what a kernel issues, priced with published clock rates, lane counts, performance modes and
+DMA bandwidth, per engine and as if nothing waited: the busiest engine is a floor of the latency, not a
+prediction of it. Beside it stand AWS's published latency targets for its own rmsnorm_quant_kernel (LNC 2),
+which are measured end to end, and what the three full-width VectorE passes of that kernel's published
+schedule take in the same model.
 
     python benchmarks/nki_cost.py [--csv nki_cost.csv] [--quick]
 """
@@ -11,6 +12,7 @@ to end, and what the three full-width VectorE passes of that kernel's published 
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -69,8 +71,8 @@ def matmul(rows: int, width: int, features: int) -> CostReport:
 
 
 def published_us(rows: int, width: int) -> float:
-    """Three full-width passes of VectorE (0.96 GHz, one column a cycle) over each of a core's tiles of 128 rows."""
-    tiles = -(-(-(-rows // LNC)) // 128)
+    """Three full-width passes of VectorE (0.96 GHz, a column a cycle) over a core's tiles of 128 rows."""
+    tiles = math.ceil(math.ceil(rows / LNC) / 128)
     return tiles * 3 * width / 0.96e3
 
 
@@ -136,9 +138,9 @@ def main(
     console = Console(width=200)
     console.print(table)
     console.print(
-        "model us: busy time of the busiest engine, a floor. of 3 passes: that over three full-width VectorE passes, the "
-        "published schedule. careful: VectorE if its 16-bit mode only doubles NeuronCore-v2's speed. AWS target: "
-        "published latency of AWS's own kernel, end to end on hardware; not comparable but as an order of magnitude."
+        "model us: busy time of the busiest engine, a floor. of 3 passes: that over three full-width VectorE "
+        "passes, the published schedule. careful: VectorE if its 16-bit mode only doubles NeuronCore-v2's "
+        "speed. AWS target: published latency target of AWS's own kernel; compare orders of magnitude only."
     )
     if out is not None:
         with out.open("w", newline="") as file:

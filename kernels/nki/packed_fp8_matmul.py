@@ -1,11 +1,9 @@
-"""Matrix product of packed FP8 rows with an FP8 weight: codes and row scales are read where the norm left them.
+"""Packed FP8 rows times an FP8 weight: codes and row scales are read where the norm left them.
 
 Dimensions:
-    T: rows (tokens), 1 .. 32768
-    H: hidden size, the contraction; its codes go in pairs, Q = ceil(H / 2) of them
-    N: output features
-    J, P: the pairs in chunks, J = ceil(Q / 128) of them, P = ceil(Q / J) <= 128 pairs in each (fewer in the last)
-    W: output features computed together, at most 512 (:func:`layout`)
+    T: rows (tokens), 1 .. 32768 H: hidden size, the contraction; its codes go in pairs, Q = ceil(H / 2) of
+    them N: output features J, P: the pairs in chunks, J = ceil(Q / 128) of them, P = ceil(Q / J) <= 128 pairs
+    in each (fewer in the last) W: output features computed together, at most 512 (:func:`layout`)
 
 **What is computed**, the sum in fp32::
 
@@ -14,18 +12,20 @@ Dimensions:
 **Why pairs.** TensorE contracts over partitions, so activations, whose rows lie along H in HBM, must be
 transposed on their way in. DMA transposes elements of 2 bytes or more. A pair of neighbouring codes is such
 an element: ``[T, Q]`` pairs arrive as ``[P, J, T]`` pairs, that is as bytes ``[P, J, T, 2]``, one parity of h
-beside the other. And two rows of the contraction on one partition is exactly what FP8 ``double_row`` multiplies
-in one pass: ``[P, 2, T]``, a strided view of those bytes, against ``[P, 2, W]`` of the weight.
+beside the other. And two rows of the contraction on one partition is exactly what FP8 ``double_row``
+multiplies in one pass: ``[P, 2, T]``, a strided view of those bytes, against ``[P, 2, W]`` of the weight.
 
-**HBM.** ``packed [T, H + 4]``: each row's codes are read once by each program, its 4 bytes of scale beside them.
-The weight is laid out once, at load, by :func:`prepack`: ``[P, J * 2 * N]`` bytes, for each block of W features
+**HBM.** ``packed [T, H + 4]``: each row's codes are read once by each program, its 4 bytes of scale beside
+them. The weight is laid out once, at load, by :func:`prepack`: ``[P, J * 2 * N]`` bytes, for each block of W
+features
 and each partition p the ``[J, 2, W]`` bytes of all its chunks::
 
     column w0 * J * 2 + (j * 2 + i) * W + (n - w0)  of row p   =   weight[n, 2 * (j * P + p) + i]
 
-so that a whole block of features, its entire contraction, is one DMA of up to 64 KiB contiguous per partition.
-Chunks are of equal size rather than of 128 and a remainder: at H = 576 three of 96 partitions and no padding.
-An odd H has one zero code appended. Programs of a grid share the blocks, hence N; their number is even.
+so that a whole block of features, its entire contraction, is one DMA of up to 64 KiB contiguous per
+partition. Chunks are of equal size rather than of 128 and a remainder: at H = 576 three of 96 partitions and
+no padding. An odd H has one zero code appended. Programs of a grid share the blocks, hence N; their number is
+even.
 
 **SBUF, per partition, H = 8192.** Eight tiles of 128 rows transposed (64 KiB), two blocks of weight in turn
 (2 x 32 KiB), their scales and bias in fp32 and the results on their way out (2 x 2 KiB each). At H = 28672 a
@@ -76,6 +76,9 @@ MAX_T = 32768
 """Most rows of one call."""
 MAX_H = 65536
 """Longest contraction."""
+
+OUT_DTYPES = {"bfloat16": nl.bfloat16, "float16": nl.float16, "float32": nl.float32}
+"""Dtypes of the result, by name."""
 
 SCALE_BYTES = 4
 BLOCK_FEATURES = 512  # the moving operand's and a PSUM bank's width
@@ -243,13 +246,13 @@ def _check(packed, weight, weight_scale, bias):
     assert len(packed.shape) == 2, f"packed: expected shape [T, H + {SCALE_BYTES}], got {list(packed.shape)}"
     rows, in_features = packed.shape[0], packed.shape[1] - SCALE_BYTES
     assert rows <= MAX_T, f"packed: expected T <= {MAX_T}, got {rows}"
-    assert 1 <= in_features and in_features <= MAX_H, f"packed: expected 1 <= H <= {MAX_H}, got {in_features}"
+    assert in_features >= 1 and in_features <= MAX_H, f"packed: expected 1 <= H <= {MAX_H}, got {in_features}"
     pairs = (in_features + 1) // 2
     chunks = (pairs + 127) // 128
     partitions = (pairs + chunks - 1) // chunks
     assert len(weight.shape) == 2 and weight.shape[0] == partitions and weight.shape[1] % (2 * chunks) == 0, (
-        f"weight: expected the shape prepack() gives for H = {in_features}, [{partitions}, {2 * chunks} * N], "
-        f"got {list(weight.shape)}"
+        f"weight: expected the shape prepack() gives for H = {in_features}, "
+        f"[{partitions}, {2 * chunks} * N], got {list(weight.shape)}"
     )
     assert weight.dtype == nl.uint8, f"weight: expected dtype uint8, got {weight.dtype}"
     features = weight.shape[1] // (2 * chunks)
@@ -266,7 +269,8 @@ def _check(packed, weight, weight_scale, bias):
 def _load_rows(dst, staged, packed, start, stop, in_features):
     """Transpose rows start..stop, pair by pair: ``dst [P, J, :rows]`` uint16.
 
-    An odd H leaves no 2-byte view of the rows in HBM. They go by way of SBUF, where a zero makes the last pair.
+    An odd H leaves no 2-byte view of the rows in HBM. They go by way of SBUF, where a zero makes the last
+    pair.
     """
     partitions, chunks, _ = dst.shape
     rows = stop - start

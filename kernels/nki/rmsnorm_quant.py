@@ -1,4 +1,4 @@
-"""Fused RMSNorm + FP8 quantization: NKI Library's ``rmsnorm_quant_kernel``, API complete, on another schedule.
+"""Fused RMSNorm + FP8 quantization: the API of NKI Library's ``rmsnorm_quant_kernel``, another schedule.
 
 Dimensions:
     B, S: batch and sequence, collapsed with any other outer dimension into rows T
@@ -25,12 +25,12 @@ another is computed: the input ``x`` (2 x 16 KiB; fp32 with a residual), the nor
 broadcast of gamma only, its 8 banks in rotation.
 
 **Why fp16.** VectorE is two to four times as fast when every operand is a 16-bit float in SBUF. bf16 would
-lose: 8 significant bits before a conversion that keeps 4 move more than 2 % of the codes, fp16's 11 bits move
-0.4 %. What fp16 lacks is range, so the values are brought into it: a row times its rsqrt(mean square) lies
-within ±sqrt(H), gamma over the power of two above its largest magnitude (G) within ±1, and another power of two
-(C) lifts the product to just below fp16's 65504, leaving 22 octaves under the codes' own. Rows and gammas of any
-magnitude come out alike.
-For H <= 256 an instruction costs its minimum of 64 cycles in either mode, and everything is fp32.
+lose: 8 significant bits before a conversion that keeps 4 move 3 % of the codes, fp16's 11 bits 0.4 %. What
+fp16 lacks is range, so the values are brought into it: a row times its rsqrt(mean square) lies within
+±sqrt(H), gamma over the power of two above its largest magnitude (G) within ±1, and another power of two (C)
+lifts the product to just below fp16's 65504, leaving 22 octaves under the codes' own. Rows and gammas of any
+magnitude come out alike. For H <= 256 an instruction costs its minimum of 64 cycles in either mode, and
+everything is fp32.
 
 **Engine by engine**, cycles per tile of 128 rows (0.96 GHz on VectorE, 1.2 GHz on ScalarE):
 
@@ -48,24 +48,24 @@ TensorE   gamma to all partitions, against ones; once per launch           -
 ========  ===============================================================  ==================
 
 ScalarE: 2 H / 1.2 GHz = 13.7 us at H = 8192; VectorE: 1.53 H / 0.96 GHz = 13.0 us. The published schedule has
-three full-width passes on VectorE, 3 H / 0.96 GHz = 25.6 us (scale and gamma, absolute maximum, quantization).
+three full-width passes on VectorE, 3 H / 0.96 GHz = 25.6 us (scale and gamma, absolute maximum,
+quantization).
 
 The maximum is folded rather than reduced because a reduction streams one element a cycle whatever its dtype;
-``maximum`` of two fp16 tiles makes two. ``abs_max`` would save the |v| pass but is Trainium3's.
-rsqrt is GpSimdE's: more precise than ScalarE's, valid beyond [2^-87, 2^97], and ScalarE need not reload its
-function table between square and rsqrt in every tile. With a residual x is fp32 (the norm is of the unrounded
-sum), the first VectorE pass slows to H, ScalarE takes 3/8 of it, GpSimdE rounds residual_out, and the DMA
-engines, with 7 H bytes a row, are the bound. Each engine runs its instructions in program order; the loop
-therefore issues the first half of tile i + 1 before the second half of tile i, and no engine waits for one row's
-scale.
+``maximum`` of two fp16 tiles makes two. ``abs_max`` would save the |v| pass but is Trainium3's. rsqrt is
+GpSimdE's: more precise than ScalarE's, valid beyond [2^-87, 2^97], and ScalarE need not reload its function
+table between square and rsqrt in every tile. With a residual x is fp32 (the norm is of the unrounded sum),
+the first VectorE pass slows to H, ScalarE takes 3/8 of it, GpSimdE rounds residual_out, and the DMA engines,
+with 7 H bytes a row, are the bound. Each engine runs its instructions in program order; the loop therefore
+issues the first half of tile i + 1 before the second half of tile i, and no engine waits for one row's scale.
 
-**NaN and Inf.** What hardware makes of ``max(NaN, x)`` is not documented, so the maximum is not trusted with the
-news: the mean square times its two rsqrts is NaN exactly when it, or gamma, is not finite, and 0 times that is added
-to the scale. The codes of such a row mean nothing: scale NaN says so. With STATIC there is no scale, and
-every code of the row becomes 0x7F, NaN in both FP8 formats. No instruction mixes rows.
+**NaN and Inf.** What hardware makes of ``max(NaN, x)`` is not documented, so the maximum is not trusted with
+the news: the mean square times its two rsqrts is NaN exactly when it, or gamma, is not finite, and 0 times
+that is added to the scale. The codes of such a row mean nothing: scale NaN says so. With STATIC there is no
+scale, and every code of the row becomes 0x7F, NaN in both FP8 formats. No instruction mixes rows.
 
-**Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of the elements (measured
-in the simulator: tests/kernels/nki), scales by at most 2^-10 relative.
+**Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of the elements
+(measured in the simulator: tests/kernels/nki), scales by at most 2^-10 relative.
 
 Pseudocode::
 
@@ -192,7 +192,8 @@ def rmsnorm_quant_kernel(
     Runs without a grid or on a 1-D grid of programs, which share the rows as evenly as they divide.
 
     Args:
-        hidden: ``[B, S, H]``, or any rank >= 2, in HBM; bf16, fp16 or fp32. B <= 2, S <= 32768, H <= 16384; other
+        hidden: ``[B, S, H]``, or any rank >= 2, in HBM; bf16, fp16 or fp32. B <= 2, S <= 32768, H <= 16384;
+        other
             ranks: at most B * S = 65536 rows.
         ln_w: gamma, ``[H]`` or ``[1, H]``; unused (may be None) with NO_NORM.
         kargs: :class:`RmsNormQuantKernelArgs`.
@@ -291,7 +292,8 @@ def _check(hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, residual, d
     if kargs.quantization_type == QuantizationType.STATIC:
         assert input_dequant_scale != None, "input_dequant_scale: expected [128, 1] (STATIC), got None"
         assert tuple(input_dequant_scale.shape) == (nl.tile_size.pmax, 1), (
-            f"input_dequant_scale: expected shape ({nl.tile_size.pmax}, 1), got {tuple(input_dequant_scale.shape)}"
+            f"input_dequant_scale: expected shape ({nl.tile_size.pmax}, 1), "
+            f"got {tuple(input_dequant_scale.shape)}"
         )
         assert input_dequant_scale.dtype == nl.float32, (
             f"input_dequant_scale: expected dtype float32, got {input_dequant_scale.dtype}"
@@ -313,8 +315,9 @@ def _check_gamma(name, gamma, width):
     )
 
 
-# Columns of a tile's numbers, one per row: mean square; 1/rms, of the row as it is and with eps; what times v is y,
-# over C, and that over R; 0 or NaN; max|v|; scale before it hears of NaN, scale, and what times v is a code.
+# Columns of a tile's numbers, one per row: mean square; 1/rms, of the row as it is and with eps; what times v
+# is y, over C, and that over R; 0 or NaN; max|v|; scale before it hears of NaN, scale, and what times v is a
+# code.
 MEAN_SQUARE, INVERSE, RSQRT, W, W_OVER_MAX, BAD, PEAK, FLOORED, SCALE, Q, NUMBERS = (
     0,
     1,
@@ -437,8 +440,9 @@ def _rmsnorm_quant(hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, res
     first = program * each + min(program, extra)
     last = first + each + (1 if program < extra else 0)
     source = hidden.reshape((rows, width))
-    addend = None if residual == None else residual.reshape((rows, width))
-    total = None if residual == None else residual_out.reshape((rows, width))
+    addend, total = None, None
+    if residual_out != None:
+        addend, total = residual.reshape((rows, width)), residual_out.reshape((rows, width))
     target = out.reshape((rows, out_width))
     pmax = nl.tile_size.pmax
     count = (last - first + pmax - 1) // pmax
@@ -495,10 +499,10 @@ def _prepare_constants(tiles, ln_w, pre_norm_gamma, input_dequant_scale):
 
 
 def _measure_gamma(tiles, ln_w):
-    """Find G, the power of two above max|gamma|; set w and eps, return 1 / G on every partition, ``[128, 1]``.
+    """Find G, the power of two above max|gamma|; set w and eps; return 1 / G, ``[128, 1]``.
 
-    A power of two because dividing by it keeps every bit of a bf16 gamma: a row of equal numbers then has exact
-    products, and codes that are ties in fp32 are ties here.
+    A power of two because dividing by it keeps every bit of a bf16 gamma: a row of equal numbers then has
+    exact products, and codes that are ties in fp32 are ties here.
     """
     pmax = nl.tile_size.pmax
     spread = 1  # partitions: the largest power of two that divides H
@@ -581,7 +585,7 @@ def _broadcast_gamma(tiles, dst, gamma, factor):
 
 
 def _load(tiles, i, rows, source, addend, total, start):
-    """Bring tile i of hidden to SBUF as x, normalized first and with the residual added where there is one."""
+    """Bring tile i of hidden to SBUF as x, normalized a first time and the residual added if so asked."""
     x = tiles.x[i % len(tiles.x)][0:rows, :]
     hidden = source[start : start + rows, :]
     if tiles.pre_gamma != None:
@@ -671,8 +675,8 @@ def _normalize(tiles, i, rows):
             _abs_max(tiles, peak, x)
         return
     _mean_square(tiles, i, rows, x)
-    # v has the row's own scale, without eps, or a row far below it would be lost in fp16; w makes up for that:
-    # ms * (1 / rms) * rsqrt(ms + eps), which is finite exactly when the mean square and gamma are.
+    # v has the row's own scale, without eps, or a row far below it would be lost in fp16; w makes up for
+    # that: ms * (1 / rms) * rsqrt(ms + eps), which is finite exactly when the mean square and gamma are.
     inverse, rsqrt = _number(tiles, i, rows, INVERSE), _number(tiles, i, rows, RSQRT)
     w = _number(tiles, i, rows, W)
     _rsqrt(tiles, i, rows, INVERSE, tiles.tiny)
@@ -826,7 +830,7 @@ def _find_scale(tiles, i, rows):
 
 
 def _spoil_bad_rows(tiles, i, rows, codes):
-    """Make every code of a row whose BAD is NaN the byte 0x7F, the widest integers at a time that divide H."""
+    """Make every code of a row whose BAD is NaN the byte 0x7F, by the widest integers that divide H."""
     dtype, size = nl.uint8, 1
     if tiles.width % 4 == 0:
         dtype, size = nl.uint32, 4

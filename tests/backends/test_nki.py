@@ -1,4 +1,4 @@
-"""Backends ``nki`` and ``nki-sim``: what is missing is said, inputs are split, kernels are launched as documented.
+"""Backends ``nki`` and ``nki-sim``: what is missing is said, inputs split, kernels launched as documented.
 
 Where no Neuron SDK is, modules of its names stand in for it; they record how they are called and simulate.
 """
@@ -240,7 +240,7 @@ class TestSplitting:
         torch.testing.assert_close(out, want, rtol=2**-6, atol=1e-2)
 
     def test_wider_rows_than_the_kernel_takes(self):
-        with pytest.raises(ValueError, match="hidden: expected H <= 16384 .* got 16385"):
+        with pytest.raises(ValueError, match=r"hidden: expected H <= 16384 .* got 16385"):
             ops.rms_norm_quant(torch.zeros(1, 16385), None, backend="nki-sim")
 
     @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])

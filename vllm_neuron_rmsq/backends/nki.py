@@ -1,15 +1,16 @@
 """Backend ``nki``: the NKI kernels on a Neuron device, through the PyTorch binding that is installed.
 
 ``libtorch_neuronx_lite`` is what vLLM Neuron brings: its ``wrap_nki(kernel)[lnc](...)`` puts a kernel into a
-graph. ``torch_neuronx`` has the same function in its native form; with ``torch_xla`` the kernel itself is called on
-device tensors. LNC, the NeuronCores a kernel is launched on, must be the runtime's: NEURON_LOGICAL_NC_CONFIG, 2
-where it is not set (Trainium2's and Trainium3's default).
+graph. ``torch_neuronx`` has the same function in its native form; with ``torch_xla`` the kernel itself is
+called on device tensors. LNC, the NeuronCores a kernel is launched on, must be the runtime's:
+NEURON_LOGICAL_NC_CONFIG, 2 where it is not set (Trainium2's and Trainium3's default).
 
 What the kernels do not take is arranged here: leading dimensions are collapsed, inputs longer than a kernel's
-limit split, rows padded to one per NeuronCore. Backend ``nki-sim`` is this module launching into the simulator.
+limit split, rows padded to one per NeuronCore. Backend ``nki-sim`` is this module launching into the
+simulator.
 
-Dispatch, splitting and messages are tested against stand-ins for these packages; nothing here has run on Neuron
-hardware yet. ``pytest -m neuron`` there is the acceptance run.
+Dispatch, splitting and messages are tested against stand-ins for these packages; nothing here has run on
+Neuron hardware yet. ``pytest -m neuron`` there is the acceptance run.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ PLATFORMS = {"trn2": "trn2", "gen3": "trn2", "trn3": "trn3", "gen4": "trn3"}
 """Values of NEURON_PLATFORM_TARGET_OVERRIDE that the kernels run on, and what they mean."""
 
 INSTALL = (
-    "install the AWS Neuron SDK 2.32 (packages nki 0.6, neuronx-cc and libtorch_neuronx_lite from AWS's own package "
-    "index; those of the same names on PyPI are empty)"
+    "install the AWS Neuron SDK 2.32 (packages nki 0.6, neuronx-cc and libtorch_neuronx_lite from AWS's own "
+    "package index; those of the same names on PyPI are empty)"
 )
 
 Launch = Callable[[Any, dict[str, Any]], Any]
@@ -60,8 +61,8 @@ def unavailable() -> str | None:
         )
     if not glob.glob("/dev/neuron[0-9]*") and os.environ.get("NKI_SIMULATOR") != "1":
         return (
-            "this machine has no Neuron device (/dev/neuron0); run on a Trainium2 or Trainium3 instance with the "
-            "Neuron driver, or choose VLLM_RMSQ_BACKEND=nki-sim"
+            "this machine has no Neuron device (/dev/neuron0); run on a Trainium2 or Trainium3 instance with "
+            "the Neuron driver, or choose VLLM_RMSQ_BACKEND=nki-sim"
         )
     return None
 
@@ -196,28 +197,30 @@ class Kernels:
         """Lay a weight out for the matmul kernel.
 
         Raises:
-            ValueError: on Trainium2, where the weight holds codes beyond ±240, which its FP8 reads as Inf or NaN.
+            ValueError: on Trainium2, where the weight holds codes beyond ±240, which its FP8 reads as Inf or
+            NaN.
         """
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul as source
 
         if self._platform() == "trn2" and bool(((weight & 0x7F) >= 0x78).any()):
             raise ValueError(
-                "weight: expected FP8 codes within ±240, all that Trainium2's float8_e4m3 has; halve the codes and "
-                "double the scale first"
+                "weight: expected FP8 codes within ±240, all that Trainium2's float8_e4m3 has; halve the "
+                "codes and double the scale first"
             )
         return source.prepack(weight)
 
     def packed_fp8_linear(self, packed, weight, weight_scale, bias, out_features, out_dtype):
         """The matmul op; see :mod:`vllm_neuron_rmsq.backends`."""
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul as source
+        from vllm_neuron_rmsq.kernels.nki.rmsnorm_quant import DtypeMode
 
         arguments = {"weight": weight, "weight_scale": weight_scale}
         if bias is not None:
             arguments["bias"] = bias
         if out_dtype != torch.bfloat16:
-            arguments["out_dtype"] = getattr(source.nl, str(out_dtype).removeprefix("torch."))
+            arguments["out_dtype"] = source.OUT_DTYPES[str(out_dtype).removeprefix("torch.")]
         if self._platform() == "trn3":
-            arguments["dtype_mode"] = source.DtypeMode.OCP
+            arguments["dtype_mode"] = DtypeMode.OCP
         rows = packed.reshape(-1, packed.shape[-1])
         parts = _parts(rows.shape[0], source.MAX_T)
         out = [

@@ -1,8 +1,9 @@
 """Backend ``nki-sim``: backend ``nki`` with every kernel launched into the simulator, on a CPU.
 
-For seeing what Trainium computes, not for speed. The launch is that of :mod:`vllm_neuron_rmsq.backends.nki`, on
-one NeuronCore unless NEURON_LOGICAL_NC_CONFIG says 2. The simulated matmul reads codes as ``float8_e4m3fn``, of which
-every valid code of either target is one, so it multiplies whatever the other backends multiply.
+For seeing what Trainium computes, not for speed. The launch is that of :mod:`vllm_neuron_rmsq.backends.nki`,
+on one NeuronCore unless NEURON_LOGICAL_NC_CONFIG says 2. The simulated matmul reads codes as
+``float8_e4m3fn``, of which every valid code of either target is one, so it multiplies whatever the other
+backends multiply.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The NKI norm kernel against the reference, in the simulator, and with ``-m neuron`` on hardware.
 
-Bounds are the contract's for a kernel with 16-bit stages: scales within 2^-7, codes within one step on at most 2 %.
+Bounds are the contract's for a kernel with 16-bit stages: scales within 2^-7, codes within one step on at
+most 2 %.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def check(backend: str, hidden: torch.Tensor, weight: torch.Tensor | None, **key
 
 
 def batches(rows: int, width: int) -> list[torch.Tensor]:
-    """Every kind of row at ``[rows, width]``: row by row where there are enough rows, else one kind after the other."""
+    """Every kind of row at ``[rows, width]``: in turn where there are enough rows, else each alone."""
     if rows < len(ROWS):
         return [make(rows, width).bfloat16() for make in ROWS]
     kinds = torch.stack([make(rows, width) for make in ROWS])
@@ -166,7 +167,7 @@ def test_kernel_is_within_bounds_on_wide_rows(backend, lnc, rows, width):
 
 @pytest.mark.parametrize("width", NARROW + WIDE)
 def test_kernel_is_within_bounds_on_many_rows(backend, lnc, width):
-    """2048 rows of every kind; of cores, clipping and STATIC every pair, or, at H >= 8192, one after the other."""
+    """2048 rows of every kind; of cores, clipping and STATIC every pair, or one case where H >= 8192."""
     torch.manual_seed(width)
     (hidden,) = batches(2048, width)
     weight = gamma(width)
