@@ -315,22 +315,18 @@ def _check_gamma(name, gamma, width):
     )
 
 
-# Columns of a tile's numbers, one per row: mean square; 1/rms, of the row as it is and with eps; what times v
-# is y, over C, and that over R; 0 or NaN; max|v|; scale before it hears of NaN, scale, and what times v is a
-# code.
-MEAN_SQUARE, INVERSE, RSQRT, W, W_OVER_MAX, BAD, PEAK, FLOORED, SCALE, Q, NUMBERS = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-)
+# Columns of a tile's numbers, one number per row:
+MEAN_SQUARE = 0
+INVERSE = 1  # 1 / rms
+RSQRT = 2  # the same with eps
+W = 3  # times v is y
+W_OVER_MAX = 4  # times max|v| is the scale
+BAD = 5  # 0, or NaN for a row that is lost
+PEAK = 6  # max|v|
+FLOORED = 7  # the scale before it hears of NaN
+SCALE = 8
+Q = 9  # times v is the code
+NUMBERS = 10
 TINY = 1e-36  # added to the mean square of a row of zeros before its rsqrt
 
 
@@ -377,6 +373,7 @@ class _Tiles(nl.NKIObject):
         self.codes = []
         self.stats = []
         self.rounded = []
+        self.overlaps = False
 
     def allocate(self, spent, residual_dtype):
         """Make the buffers used in turn: two of each where ``spent`` bytes per partition leave room."""
@@ -389,6 +386,8 @@ class _Tiles(nl.NKIObject):
         room = nl.tile_size.sbuf_fmax_bytes - SBUF_RESERVE - spent
         work_count = 2 if x_bytes + 2 * work_bytes <= room else 1
         x_count = 2 if 2 * x_bytes + work_count * work_bytes <= room else 1
+        # Half of a tile may wait for half of the next where that does not overwrite its input.
+        self.overlaps = work_count == 2 and (self.kargs.needs_rms_normalization() or x_count == 2)
         for _ in range(x_count):
             self.x.append(nl.ndarray((pmax, self.width), dtype=self.x_dtype, buffer=nl.sbuf))
         for _ in range(work_count):
@@ -446,15 +445,17 @@ def _rmsnorm_quant(hidden, ln_w, kargs, input_dequant_scale, pre_norm_gamma, res
     target = out.reshape((rows, out_width))
     pmax = nl.tile_size.pmax
     count = (last - first + pmax - 1) // pmax
-    for i in range(count + 1):
+    behind = 1 if tiles.overlaps else 0
+    for i in range(count + behind):
         if i < count:
             start, stop = first + i * pmax, min(first + (i + 1) * pmax, last)
             _load(tiles, i, stop - start, source, addend, total, start)
             _normalize(tiles, i, stop - start)
-        if i > 0:
-            start, stop = first + (i - 1) * pmax, min(first + i * pmax, last)
-            _quantize(tiles, i - 1, stop - start)
-            codes = tiles.codes[(i - 1) % len(tiles.codes)][0 : stop - start, 0:out_width]
+        j = i - behind
+        if j >= 0:
+            start, stop = first + j * pmax, min(first + (j + 1) * pmax, last)
+            _quantize(tiles, j, stop - start)
+            codes = tiles.codes[j % len(tiles.codes)][0 : stop - start, 0:out_width]
             if out_dtype != nl.uint8:
                 codes = codes.view(out_dtype)
             nisa.dma_copy(dst=target[start:stop, :], src=codes)
