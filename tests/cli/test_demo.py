@@ -1,11 +1,11 @@
-"""``vllm-neuron-rmsq demo``, short of its generation, which ``make demo`` shows and the end-to-end tests cover."""
+"""``vllm-neuron-rmsq demo``, short of generating, which ``make demo`` shows."""
 
 from __future__ import annotations
 
 import pytest
 from rich.console import Console
 
-from vllm_neuron_rmsq.cli.demo import _layers, _speeds, demo
+from vllm_neuron_rmsq.cli.demo import Side, _layers, _speeds, demo
 from vllm_neuron_rmsq.cli.errors import CommandError
 
 
@@ -47,8 +47,7 @@ def test_a_path_that_is_not_there(tmp_path):
 
 
 def test_what_vllm_cannot_load_shows_the_end_of_its_log(tmp_path):
-    (tmp_path / "model").mkdir()
-    with pytest.raises(
-        CommandError, match=r"(?s)vLLM stopped; the end of its log .*demo-plugin.log:\n.*Error"
-    ):
-        demo(tmp_path / "model", tmp_path / "cache", 1, Console(quiet=True))
+    side = Side(tmp_path, {}, tmp_path / "vllm.log")
+    with pytest.raises(CommandError, match=r"(?s)vLLM stopped; the end of its log .*vllm.log:\n.*Error"):
+        side.ask()
+    side.close()
