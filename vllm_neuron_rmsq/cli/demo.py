@@ -25,7 +25,7 @@ from rich.table import Table
 from vllm_neuron_rmsq.cli.errors import CommandError
 
 QUESTIONS = (
-    "What is the capital of France?",
+    "What is the capital of France? Answer in one sentence.",
     "Name three colours of the rainbow.",
     "Why is the sky blue? Answer in one sentence.",
 )
