@@ -1,9 +1,9 @@
 """Whole models in vLLM on the CPU: FP8 through the plugin, the same in stock vLLM, and bf16, in one run.
 
 Each side is a vLLM engine of its own with the model loaded, as ``vllm serve`` would have it (compiled, prefix
-caching off so that no run profits from the one before). The sides take turns; a turn generates the same number
-of tokens for a batch of equal prompts. Memory is the resident memory of vLLM's worker process, less what the
-same process has without a model's weights (SmolLM2's worker less SmolLM2's weights).
+caching off so that no run profits from the one before). The sides take turns; a turn generates the same
+number of tokens for a batch of equal prompts. Memory is the resident memory of vLLM's worker process, less
+what the same process has without a model's weights (SmolLM2's worker less SmolLM2's weights).
 
 Models: SmolLM2-135M-Instruct, and a 1.1-billion-parameter Llama (hidden size 2048, 22 layers) with random
 weights, both made under ``.cache/``. Prints a table and writes ``benchmarks/results/end_to_end.csv`` and
