@@ -1,8 +1,8 @@
 """Builds the native CPU kernels; everything else about the package is in pyproject.toml.
 
-The kernels use torch's stable C++ interface: headers of any torch >= 2.10 build a library that every torch
->= 2.10 loads. torch is not a build requirement, so that installing this package can never replace the torch
-that vLLM came with: its headers are looked for in the environment installed into. Without them, without a
+The kernels use torch's stable C++ interface: headers of any torch >= 2.10 build a library that every such
+torch loads. torch is not a build requirement, so that installing this package never replaces the torch that
+vLLM came with: its headers are looked for in the environment installed into. Without them, without a
 compiler, or when compiling fails, the package installs all the same, and ``vllm_neuron_rmsq/_cpu_kernels.txt``
 says why, where ``backends/cpu.py`` reads it.
 """
@@ -12,6 +12,8 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,10 +23,10 @@ SOURCES = Path("kernels/cpu")
 KERNELS = ("rmsnorm_quant.cpp", "packed_fp8_matmul.cpp")
 """Compiled once for each instruction-set level; the other sources once."""
 
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fvisibility=hidden", "-Wno-maybe-uninitialized"]
-"""Multiply-adds are written out where they are meant (contract=off), so that every level computes the same bits.
-The warning switched off is about GCC's own AVX-512 header."""
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+"""Multiply-adds are written out where they are meant (contract=off), so that every level computes the same
+bits. The warnings switched off are about GCC's own AVX-512 header."""
 
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -33,6 +35,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512_bf16"] = [*LEVELS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
 
 MINIMUM_TORCH = (2, 10)
+TORCH_TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
+"""The stable interface as of that version (torch/csrc/stable/version.h)."""
+
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
 
 
@@ -46,15 +51,24 @@ def find_torch() -> Path:
     A fresh interpreter that ignores PYTHONPATH looks for it: pip's build isolation hides the environment
     being installed into from this one through that variable.
     """
-    found = subprocess.run([sys.executable, "-E", "-c", FIND_TORCH], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-E", "-c", FIND_TORCH], capture_output=True, text=True
+    ).stdout.strip()
     if not found:
-        raise NotBuilt("torch was not found by the build; install torch first, then this package with "
-                       "pip install --no-build-isolation")
+        raise NotBuilt(
+            "torch was not found by the build; install torch first, then this package with "
+            "pip install --no-build-isolation"
+        )
     torch = Path(found).parent
     version = torch / "include/torch/headeronly/version.h"
-    numbers = re.findall(r"#define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", version.read_text()) if version.exists() else []
+    numbers = (
+        re.findall(r"#define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", version.read_text())
+        if version.exists()
+        else []
+    )
     if tuple(map(int, numbers)) < MINIMUM_TORCH:
-        raise NotBuilt(f"torch >= {'.'.join(map(str, MINIMUM_TORCH))} with its C++ headers is needed, not found in {torch}")
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        raise NotBuilt(f"torch >= {minimum} with its C++ headers is needed, and is not in {torch}")
     return torch
 
 
@@ -71,33 +85,47 @@ class BuildKernels(build_ext):
         try:
             self._compile_and_link(library)
         except Exception as error:  # whatever it was, the package works without
-            self.warn(f"native CPU kernels not built: {error}")
-            reason.write_text(f"{error}\n")
+            text = textwrap.shorten(str(error), 200)
+            self.warn(f"native CPU kernels not built: {text}")
+            reason.write_text(f"{text}\n")
 
     def _compile_and_link(self, library):
         if sys.platform != "linux":
             raise NotBuilt(f"they are built on Linux only, not on {sys.platform}")
         torch = find_torch()
-        objects = []
+        jobs = []
         for source in sorted(SOURCES.glob("*.cpp")):
-            once = source.name not in KERNELS
-            for level, flags in [("", [])] if once else LEVELS.items():
-                objects += self.compiler.compile(
-                    [str(source)],
-                    output_dir=os.path.join(self.build_temp, level or "common"),
-                    macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")] if once else [("RMSQ_ISA", level)],
-                    include_dirs=[str(torch / "include")] if once else [],
-                    extra_postargs=[*FLAGS, *flags],
-                )
+            if source.name in KERNELS:
+                jobs += [(source, level, flags, ("RMSQ_ISA", level), []) for level, flags in LEVELS.items()]
+            else:
+                jobs.append((source, "common", [], TORCH_TARGET, [str(torch / "include")]))
+
+        def compile_one(source, folder, flags, macro, include):
+            return self.compiler.compile(
+                [str(source)],
+                output_dir=os.path.join(self.build_temp, folder),
+                macros=[macro],
+                include_dirs=include,
+                extra_postargs=[*FLAGS, *flags],
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(lambda job: compile_one(*job), jobs) for name in names]
         # torch's libraries are in the process before this one is loaded: named for the linker, no run path.
         self.compiler.link_shared_object(
-            objects, str(library), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")], target_lang="c++"
+            objects,
+            str(library),
+            libraries=["torch_cpu"],
+            library_dirs=[str(torch / "lib")],
+            target_lang="c++",
         )
 
     def copy_extensions_to_source(self):
         """In an editable install the library, or the reason why there is none, goes beside the sources."""
         for ext in self.extensions:
-            inplace, built = map(Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext))
+            inplace, built = map(
+                Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+            )
             for suffix in (".so", ".txt"):
                 inplace.with_suffix(suffix).unlink(missing_ok=True)
                 if built.with_suffix(suffix).exists():

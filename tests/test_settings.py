@@ -53,7 +53,7 @@ def test_every_choice_is_accepted():
             {"VLLM_RMSQ_BACKENT": "cpu"},
             None,
             r"VLLM_RMSQ_BACKENT: unknown environment variable; expected one of VLLM_RMSQ_BACKEND, "
-            r"VLLM_RMSQ_TARGET, VLLM_RMSQ_FUSE, VLLM_RMSQ_STRICT$",
+            r"VLLM_RMSQ_TARGET, VLLM_RMSQ_FUSE, VLLM_RMSQ_STRICT, VLLM_RMSQ_CPU_ISA$",
         ),
         ({"VLLM_RMSQ_backend": "cpu"}, None, r"VLLM_RMSQ_backend: unknown environment variable"),
         (

@@ -13,11 +13,13 @@ from vllm_neuron_rmsq.packed import FP8_MAX
 
 PREFIX = "VLLM_RMSQ_"
 BACKENDS = ("nki", "nki-sim", "cpu", "triton", "torch")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", *BACKENDS, "off"),
     "target": tuple(FP8_MAX),
     "fuse": ("1", "0"),
     "strict": ("0", "1"),
+    "cpu_isa": ("auto", *CPU_ISAS),
 }
 
 
@@ -30,12 +32,14 @@ class Settings:
         target: code range, ``trn2`` (±240) or ``trn3`` (±448).
         fuse: put fused RMSNorm+FP8-quant layers where norms are proven to feed only FP8 linears.
         strict: an unfused decoder norm is a start-up error.
+        cpu_isa: instruction-set level of backend ``cpu``; ``auto`` is the best this machine has.
     """
 
     backend: str = "auto"
     target: str = "trn2"
     fuse: bool = True
     strict: bool = False
+    cpu_isa: str = "auto"
 
     @classmethod
     def load(

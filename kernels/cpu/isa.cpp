@@ -31,14 +31,11 @@ rmsq::Isa rmsq::isa() { return in_force.load(std::memory_order_relaxed); }
 
 extern "C" {
 
-// Name of the level in force.
-__attribute__((visibility("default"))) const char* rmsq_isa() { return kNames[static_cast<int>(rmsq::isa())]; }
-
 // Name of the best level this machine has.
-__attribute__((visibility("default"))) const char* rmsq_best_isa() { return kNames[static_cast<int>(best())]; }
+[[gnu::visibility("default")]] const char* rmsq_best_isa() { return kNames[static_cast<int>(best())]; }
 
 // Put a level in force; "auto" is the best. Returns 0, or 1 when the machine lacks it or no level has that name.
-__attribute__((visibility("default"))) int rmsq_set_isa(const char* name) {
+[[gnu::visibility("default")]] int rmsq_set_isa(const char* name) {
     if (std::strcmp(name, "auto") == 0) {
         in_force = best();
         return 0;

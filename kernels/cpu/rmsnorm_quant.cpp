@@ -20,7 +20,7 @@ namespace RMSQ_ISA {
 namespace {
 
 constexpr float kScaleFloor = 1e-6f;
-constexpr uint32_t kNanScale = 0x7fc00000;
+constexpr uint32_t kNan = 0x7fc00000;
 constexpr uint8_t kNanCode = 0x7f;
 constexpr float kLargest = 3.402823466e38f;
 
@@ -32,52 +32,63 @@ constexpr float kLeastPeak = 0x1p-40f, kGreatestPeak = 0x1p40f;
 
 enum class Weight { none, same_dtype, lane_order };
 
-template <Dtype D, Weight W> struct Row {
-    using word = typename Element<D>::word;
-    static constexpr int64_t kBytes = kPair * sizeof(word);
+template <Dtype D> constexpr int64_t kBytes = sizeof(typename Element<D>::word);
 
-    const RmsNormQuant& work;
+// Where 32 elements of one row are read and written.
+struct Place {
     const char* hidden;
     const char* residual;
+    const char* weight;
     char* residual_out;
 
-    Row(const RmsNormQuant& w, int64_t index)
-        : work(w),
-          hidden(w.hidden + index * w.hidden_stride),
-          residual(w.residual ? w.residual + index * w.residual_stride : nullptr),
-          residual_out(w.residual_out ? w.residual_out + index * w.width * static_cast<int64_t>(sizeof(word)) : nullptr) {}
-
-    // Pair number i; the last one of a row may be partial and is then filled up with zeros.
-    static Pair load_elements(const char* row, int64_t i, int64_t width) {
-        const int64_t left = width - i * kPair;
-        if (left >= kPair) return load_pair<D>(row + i * kBytes);
-        word padded[kPair] = {0};
-        memcpy(padded, row + i * kBytes, static_cast<size_t>(left) * sizeof(word));
-        return load_pair<D>(padded);
-    }
-
-    template <bool kResidual> Pair x(int64_t i) const {
-        Pair x = load_elements(hidden, i, work.width);
-        if constexpr (kResidual) {
-            const Pair r = load_elements(residual, i, work.width);
-            x = {x.a + r.a, x.b + r.b};
-        }
-        return x;
-    }
-
-    Pair weight(int64_t i) const {
-        if constexpr (W == Weight::same_dtype) return load_elements(work.weight, i, work.width);
-        return {load(work.lane_weight + i * kPair), load(work.lane_weight + i * kPair + 16)};
-    }
-
-    void store_x(int64_t i, Pair x) const {
-        const int64_t left = work.width - i * kPair;
-        if (left >= kPair) return store_pair<D>(residual_out + i * kBytes, x);
-        word padded[kPair];
-        store_pair<D>(padded, x);
-        memcpy(residual_out + i * kBytes, padded, static_cast<size_t>(left) * sizeof(word));
+    template <Dtype D, Weight W, bool kResidual> Place at(int64_t pair) const {
+        const int64_t offset = pair * kPair * kBytes<D>;
+        return {hidden + offset, kResidual ? residual + offset : nullptr,
+                W == Weight::none         ? nullptr
+                : W == Weight::lane_order ? weight + pair * kPair * 4
+                                          : weight + offset,
+                kResidual ? residual_out + offset : nullptr};
     }
 };
+
+// The last, partial pair of a row, filled up with zeros, which change neither a sum nor a peak.
+template <Dtype D, Weight W, bool kResidual> struct Tail {
+    static constexpr int64_t kSize = kPair * kBytes<D>;
+    char hidden[kSize] = {0}, residual[kSize] = {0}, weight[kPair * 4] = {0}, residual_out[kSize];
+    size_t bytes;
+
+    Tail(const Place& place, int64_t elements) : bytes(static_cast<size_t>(elements * kBytes<D>)) {
+        memcpy(hidden, place.hidden, bytes);
+        if (kResidual) memcpy(residual, place.residual, bytes);
+        if (W == Weight::same_dtype) memcpy(weight, place.weight, bytes);
+        if (W == Weight::lane_order) memcpy(weight, place.weight, sizeof weight);
+    }
+    Place place() { return {hidden, residual, weight, residual_out}; }
+};
+
+template <Dtype D, bool kResidual> Pair load_x(const Place& place) {
+    const Pair x = load_pair<D>(place.hidden);
+    if constexpr (!kResidual) return x;
+    const Pair r = load_pair<D>(place.residual);
+    return {x.a + r.a, x.b + r.b};
+}
+
+template <Dtype D, Weight W> Pair load_weight(const Place& place) {
+    return load_pair<W == Weight::same_dtype ? D : Dtype::fp32>(place.weight);
+}
+
+// Call function(place, pair number) for every pair of the row.
+template <Dtype D, Weight W, bool kResidual, class Function>
+void for_each_pair(const Place& row, int64_t begin, int64_t end, int64_t width, Function function) {
+    const int64_t whole = end * kPair <= width ? end : width / kPair;
+    for (int64_t i = begin; i < whole; ++i) function(row.at<D, W, kResidual>(i), i);
+    if (whole < end) {
+        const Place place = row.at<D, W, kResidual>(whole);
+        Tail<D, W, kResidual> tail(place, width - whole * kPair);
+        function(tail.place(), whole);
+        if (kResidual) memcpy(place.residual_out, tail.residual_out, tail.bytes);
+    }
+}
 
 struct Sums {
     float squares;  // Σx², Inf where fp32 cannot hold it
@@ -97,19 +108,19 @@ float largest(Lanes a, Lanes b) {
 bool is_finite(float x) { return (as_bits(x) & kExponent) != kExponent; }
 
 // The one sweep over the row's memory: z into `buffer`, x into residual_out.
-template <Dtype D, Weight W, bool kResidual> Sums sweep(const Row<D, W>& row, float* buffer) {
-    const int64_t pairs = (row.work.width + kPair - 1) / kPair;
+template <Dtype D, Weight W, bool kResidual> Sums sweep(const Place& row, int64_t width, float* buffer) {
+    const int64_t pairs = (width + kPair - 1) / kPair;
     Totals totals_a = no_totals(), totals_b = no_totals();
     Lanes peak_a = splat(0), peak_b = splat(0);
     for (int64_t start = 0; start < pairs; start += kPairsPerSum) {
         const int64_t end = start + kPairsPerSum < pairs ? start + kPairsPerSum : pairs;
         Lanes squares_a = splat(0), squares_b = splat(0);
-        for (int64_t i = start; i < end; ++i) {
-            const Pair x = row.template x<kResidual>(i);
-            if constexpr (kResidual) row.store_x(i, x);
+        for_each_pair<D, W, kResidual>(row, start, end, width, [&](const Place& place, int64_t i) {
+            const Pair x = load_x<D, kResidual>(place);
+            if constexpr (kResidual) store_pair<D>(place.residual_out, x);
             Pair z = x;
             if constexpr (W != Weight::none) {
-                const Pair weight = row.weight(i);
+                const Pair weight = load_weight<D, W>(place);
                 z = {x.a * weight.a, x.b * weight.b};
                 squares_a = fma(x.a, x.a, squares_a);
                 squares_b = fma(x.b, x.b, squares_b);
@@ -118,7 +129,7 @@ template <Dtype D, Weight W, bool kResidual> Sums sweep(const Row<D, W>& row, fl
             peak_b = peak(peak_b, z.b);
             store(buffer + i * kPair, z.a);
             store(buffer + i * kPair + 16, z.b);
-        }
+        });
         if constexpr (W != Weight::none) {
             add_to(totals_a, squares_a);
             add_to(totals_b, squares_b);
@@ -131,8 +142,9 @@ template <Dtype D, Weight W, bool kResidual> Sums sweep(const Row<D, W>& row, fl
     return {squares <= kLargest ? static_cast<float>(squares) : as_float(kExponent), largest(peak_a, peak_b)};
 }
 
-// Write the row's codes, `code(i)` giving the quotients of pair i.
-template <Dtype D, class Quotients> void write_codes(uint8_t* out, int64_t width, Quotients quotients) {
+// Write the row's codes, quotients(i) giving y / scale of pair i. Inlined, for the compiler to keep what that
+// captures in registers: for all it knows a store to `out` could change it in memory.
+template <Dtype D, class Quotients> [[gnu::always_inline]] inline void write_codes(uint8_t* out, int64_t width, Quotients quotients) {
     const int64_t whole = width / kPair;
     for (int64_t i = 0; i < whole; ++i) store_codes<D>(out + i * kPair, quotients(i));
     if (whole * kPair < width) {
@@ -148,7 +160,7 @@ template <Dtype D> void quantize_row(uint8_t* out, int64_t width, float fp8_max,
     const double factor = static_cast<double>(fp8_max) / static_cast<double>(peak);
     const float leading = static_cast<float>(factor);
     const Lanes high = splat(leading), low = splat(static_cast<float>(factor - static_cast<double>(leading)));
-    write_codes<D>(out, width, [&](int64_t i) -> Pair {
+    write_codes<D>(out, width, [=](int64_t i) -> Pair {
         const Lanes a = load(buffer + i * kPair), b = load(buffer + i * kPair + 16);
         return {fma(a, high, a * low), fma(b, high, b * low)};
     });
@@ -156,72 +168,75 @@ template <Dtype D> void quantize_row(uint8_t* out, int64_t width, float fp8_max,
 
 // The formula step by step. Returns the scale, or 0 when the row is not finite and no codes were written.
 template <Dtype D, Weight W, bool kResidual>
-float quantize_by_formula(const Row<D, W>& row, uint8_t* out, float rstd, float* buffer) {
-    const RmsNormQuant& work = row.work;
+float quantize_by_formula(const RmsNormQuant& work, const Place& row, uint8_t* out, float rstd, float* buffer) {
     const int64_t pairs = (work.width + kPair - 1) / kPair;
     Lanes peak_a = splat(0), peak_b = splat(0);
-    for (int64_t i = 0; i < pairs; ++i) {
-        Pair y = row.template x<kResidual>(i);
+    for_each_pair<D, W, kResidual>(row, 0, pairs, work.width, [&](const Place& place, int64_t i) {
+        Pair y = load_x<D, kResidual>(place);
+        if constexpr (kResidual) store_pair<D>(place.residual_out, y);
         if constexpr (W != Weight::none) {
-            const Pair weight = row.weight(i);
+            const Pair weight = load_weight<D, W>(place);
             y = {y.a * splat(rstd) * weight.a, y.b * splat(rstd) * weight.b};
         }
         peak_a = peak(peak_a, y.a);
         peak_b = peak(peak_b, y.b);
         store(buffer + i * kPair, y.a);
         store(buffer + i * kPair + 16, y.b);
-    }
-    float limit = largest(peak_a, peak_b);
-    if (!is_finite(limit)) return 0;
-    if (work.lower_bound > 0 && limit > work.lower_bound) limit = work.lower_bound;
-    const float own = limit / work.fp8_max;
+    });
+    const float y_peak = largest(peak_a, peak_b);
+    if (!is_finite(y_peak)) return 0;
+    const float bound = work.lower_bound > 0 ? work.lower_bound : kLargest;
+    const float own = (y_peak < bound ? y_peak : bound) / work.fp8_max;
     const float scale = work.static_scale > 0 ? work.static_scale : own > kScaleFloor ? own : kScaleFloor;
-    write_codes<D>(out, work.width, [&](int64_t i) -> Pair {
-        const Lanes a = clip(load(buffer + i * kPair), splat(limit)), b = clip(load(buffer + i * kPair + 16), splat(limit));
+    write_codes<D>(out, work.width, [=, &work](int64_t i) -> Pair {
+        const Lanes a = clip(load(buffer + i * kPair), splat(bound)), b = clip(load(buffer + i * kPair + 16), splat(bound));
         return {clip(a / splat(scale), splat(work.fp8_max)), clip(b / splat(scale), splat(work.fp8_max))};
     });
     return scale;
 }
 
 // residual_out of a row that holds NaN or Inf, which the sweep's rounding to bf16 takes for numbers.
-template <Dtype D, Weight W> void store_nonfinite_x(const Row<D, W>& row) {
-    if constexpr (D == Dtype::bf16) {
-        for (int64_t i = 0; i < row.work.width; ++i) {
-            uint16_t words[2];
-            memcpy(&words[0], row.hidden + 2 * i, 2);
-            memcpy(&words[1], row.residual + 2 * i, 2);
-            const float x = as_float(static_cast<uint32_t>(words[0]) << 16) + as_float(static_cast<uint32_t>(words[1]) << 16);
-            const uint32_t bits = as_bits(x);
-            const uint32_t rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : kNanScale;
-            const uint16_t word = static_cast<uint16_t>(rounded >> 16);
-            memcpy(row.residual_out + 2 * i, &word, 2);
-        }
+inline void store_nonfinite_x(const Place& row, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) {
+        uint16_t words[2];
+        memcpy(&words[0], row.hidden + 2 * i, 2);
+        memcpy(&words[1], row.residual + 2 * i, 2);
+        const float hidden = as_float(static_cast<uint32_t>(words[0]) << 16);
+        const uint32_t bits = as_bits(hidden + as_float(static_cast<uint32_t>(words[1]) << 16));
+        const bool nan = (bits & 0x7fffffff) > kExponent;
+        const uint16_t word = static_cast<uint16_t>((nan ? kNan : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        memcpy(row.residual_out + 2 * i, &word, 2);
     }
 }
 
 template <Dtype D, Weight W, bool kResidual>
 void quantize_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* buffer) {
     const bool dynamic = !(work.static_scale > 0);
-    const int64_t out_width = work.width + (dynamic ? 4 : 0);
+    const int64_t width = work.width, out_width = width + (dynamic ? 4 : 0);
     for (int64_t index = begin; index < end; ++index) {
-        const Row<D, W> row(work, index);
+        const Place row = {
+            work.hidden + index * work.hidden_stride, kResidual ? work.residual + index * work.residual_stride : nullptr,
+            W == Weight::lane_order ? reinterpret_cast<const char*>(work.lane_weight) : work.weight,
+            kResidual ? work.residual_out + index * width * kBytes<D> : nullptr};
         uint8_t* out = work.out + index * out_width;
-        const Sums sums = sweep<D, W, kResidual>(row, buffer);
-        const float rstd = W == Weight::none ? 1.0f : 1.0f / sqrtf(sums.squares / static_cast<float>(work.width) + work.eps);
-        float scale = sums.peak * rstd / work.fp8_max;
-        const bool clips = work.lower_bound > 0 && !(sums.peak * rstd <= work.lower_bound);
+        const Sums sums = sweep<D, W, kResidual>(row, width, buffer);
+        const float rstd = W == Weight::none ? 1.0f : 1.0f / sqrtf(sums.squares / static_cast<float>(width) + work.eps);
+        const float norm_peak = sums.peak * rstd;
+        const bool clips = work.lower_bound > 0 && !(norm_peak <= work.lower_bound);
+        float scale = norm_peak / work.fp8_max;
         if (dynamic && !clips && is_finite(sums.squares) && scale > kScaleFloor && is_finite(scale) &&
             sums.peak >= kLeastPeak && sums.peak <= kGreatestPeak) {
-            quantize_row<D>(out, work.width, work.fp8_max, sums.peak, buffer);
+            quantize_row<D>(out, width, work.fp8_max, sums.peak, buffer);
         } else {
-            scale = is_finite(sums.squares) ? quantize_by_formula<D, W, kResidual>(row, out, rstd, buffer) : 0;
+            scale = 0;
+            if (is_finite(sums.squares)) scale = quantize_by_formula<D, W, kResidual>(work, row, out, rstd, buffer);
             if (!(scale > 0)) {
-                memset(out, dynamic ? 0 : kNanCode, static_cast<size_t>(work.width));
-                scale = as_float(kNanScale);
-                if constexpr (kResidual) store_nonfinite_x(row);
+                memset(out, dynamic ? 0 : kNanCode, static_cast<size_t>(width));
+                scale = as_float(kNan);
+                if constexpr (kResidual && D == Dtype::bf16) store_nonfinite_x(row, width);
             }
         }
-        if (dynamic) memcpy(out + work.width, &scale, 4);
+        if (dynamic) memcpy(out + width, &scale, 4);
     }
 }
 

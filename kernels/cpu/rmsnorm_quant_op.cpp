@@ -1,4 +1,5 @@
 // torch.ops.neuron_rmsq.rms_norm_quant.cpu and add_rms_norm_quant.cpu: check the arguments, share out the rows.
+// (torch brings only plain CPU tensors here: sparse ones, and calls with a tensor of another device, go elsewhere.)
 #include "rmsnorm_quant.h"
 
 #include <algorithm>
@@ -122,7 +123,6 @@ Tensor run(
     const OptionalTensor& static_scale, double eps, double lower_bound, double fp8_max) {
     const int64_t dim = hidden.dim();
     const auto sizes = hidden.sizes();
-    rmsq::check_cpu("hidden", hidden);
     if (dim < 2 || sizes[dim - 1] < 1) {
         rmsq::raise_value_error("hidden: expected rank >= 2 and H >= 1, got shape ", rmsq::shape_text(hidden));
     }
@@ -130,7 +130,6 @@ Tensor run(
     work.dtype = check_dtype("hidden", hidden);
     work.width = sizes[dim - 1];
     if (residual) {
-        rmsq::check_cpu("residual", *residual);
         if (!(residual->sizes() == sizes)) {
             rmsq::raise_value_error(
                 "residual: expected shape ", rmsq::shape_text(hidden), " (hidden's), got ", rmsq::shape_text(*residual));
@@ -140,7 +139,6 @@ Tensor run(
         }
     }
     if (weight) {
-        rmsq::check_cpu("weight", *weight);
         check_dtype("weight", *weight);
         if (weight->dim() != 1 || weight->size(0) != work.width) {
             rmsq::raise_value_error(
@@ -148,7 +146,6 @@ Tensor run(
         }
     }
     if (static_scale) {
-        rmsq::check_cpu("static_scale", *static_scale);
         if (static_scale->numel() != 1 || torch_dtype(*static_scale) != aoti_torch_dtype_float32()) {
             rmsq::raise_value_error(
                 "static_scale: expected one torch.float32 element, got shape ", rmsq::shape_text(*static_scale));

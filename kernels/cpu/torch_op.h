@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -38,9 +41,9 @@ inline std::string shape_text(const Tensor& tensor) {
     return text.str();
 }
 
-inline void check_cpu(const char* name, const Tensor& tensor) {
-    if (!tensor.is_cpu()) raise_value_error(name, ": expected a CPU tensor");
-}
+// From this size on an allocation is fresh memory from the system, and writing it first meets a page fault every
+// 4 KiB, which takes longer than the kernels' work: ask for huge pages, as torch does with THP_MEM_ALLOC_ENABLE.
+constexpr int64_t kHugePagesFrom = 4 << 20;
 
 // A new contiguous CPU tensor, uninitialized. (torch::stable::empty goes through the dispatcher by name, which
 // takes longer than a whole row's work.)
@@ -50,7 +53,17 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dim, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
+    Tensor tensor(handle);
+#if defined(MADV_HUGEPAGE)
+    const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+    if (bytes >= kHugePagesFrom) {
+        const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+        const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
+        const uintptr_t end = reinterpret_cast<uintptr_t>(tensor.data_ptr()) + static_cast<uintptr_t>(bytes);
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failing is no error
+    }
+#endif
+    return tensor;
 }
 
 }  // namespace rmsq

@@ -1,6 +1,8 @@
 """Backend ``cpu``: the native kernels of ``kernels/cpu``, built when the package was installed.
 
-Loading the library registers them as the CPU implementations of ``torch.ops.neuron_rmsq.*.cpu``.
+Loading the library registers them as the CPU implementations of ``torch.ops.neuron_rmsq.*.cpu``. One library
+holds every instruction-set level and runs the best one this machine has, or the one the setting ``cpu_isa``
+(``VLLM_RMSQ_CPU_ISA``) names. All levels compute the same bits.
 """
 
 from __future__ import annotations
@@ -11,27 +13,58 @@ from pathlib import Path
 
 import torch
 
+from vllm_neuron_rmsq import settings
+
 LIBRARY = Path(__file__).parents[1] / "_cpu_kernels.so"
+REASON = LIBRARY.with_suffix(".txt")
+"""Written by the build where it could not make the library."""
+
+REMEDY = "reinstall with pip install --no-build-isolation beside torch >= 2.10 and a C++17 compiler"
 
 
 @functools.cache
 def _load() -> ctypes.CDLL:
     torch.ops.load_library(str(LIBRARY))
-    return ctypes.CDLL(str(LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
+    library.rmsq_best_isa.restype = ctypes.c_char_p
+    return library
 
 
 def unavailable() -> str | None:
+    """Load the library and put the chosen instruction-set level in force.
+
+    Raises:
+        ValueError: this machine lacks the level that the setting ``cpu_isa`` names.
+    """
     if not LIBRARY.exists():
-        return "the native CPU kernels were not built"
-    _load()
+        reason = REASON.read_text().strip() if REASON.exists() else "the package was never installed here"
+        return f"the native CPU kernels were not built: {reason}; {REMEDY}"
+    try:
+        _load()
+    except OSError as error:
+        return f"the native CPU kernels cannot be loaded: {error.__cause__ or error}; {REMEDY}"
+    set_isa(settings.current().cpu_isa)
     return None
 
 
+def isas() -> tuple[str, ...]:
+    """Return the instruction-set levels this machine has, best last."""
+    best = _load().rmsq_best_isa().decode()
+    return settings.CPU_ISAS[: settings.CPU_ISAS.index(best) + 1]
+
+
 def set_isa(name: str) -> None:
+    """Run the kernels of instruction-set level ``name`` from now on; ``"auto"`` is the best.
+
+    Raises:
+        ValueError: this machine has no such level.
+    """
     if _load().rmsq_set_isa(name.encode()):
-        raise ValueError(name)
+        raise ValueError(
+            f"cpu_isa: expected auto or one this machine has ({', '.join(isas())}); got {name!r}"
+        )
 
 
 def prepacked_shape(n: int, h: int) -> tuple[int, int, int]:
-    """Blocks of 32 outputs, pairs along H, bytes of a pair: the layout of ``kernels/cpu/packed_fp8_matmul.h``."""
+    """``[blocks of 32 outputs, pairs along H, 64]``, the layout in ``kernels/cpu/packed_fp8_matmul.h``."""
     return -(-n // 32), -(-h // 2), 64

@@ -258,7 +258,7 @@ def test_through_the_public_functions() -> None:
     ],
 )
 def test_bad_arguments(argument: str, value: object, message: str) -> None:
-    arguments = {
+    arguments: dict[str, object] = {
         "packed": torch.zeros(2, 14, dtype=torch.uint8),
         "weight": torch.zeros(2, 5, 64, dtype=torch.uint8),
         "weight_scale": torch.ones(40),

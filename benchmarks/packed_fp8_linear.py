@@ -1,0 +1,106 @@
+"""FP8 linear on the CPU: backend ``cpu``, stock vLLM's FP8 linear and ``F.linear`` in bf16, in one run.
+
+Dimensions:
+    M: rows (tokens)
+    K: input features
+    N: output features
+
+Each multiplies an activation that is in its own format already (packed FP8, FP8, bf16) and returns bf16.
+Prints a table and writes ``benchmarks/results/packed_fp8_linear.csv`` and ``.png``::
+
+    python benchmarks/packed_fp8_linear.py
+"""
+
+from __future__ import annotations
+
+import common
+import matplotlib.pyplot as plt
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8DynamicTokenSym,
+    kFp8StaticChannelSym,
+)
+
+from vllm_neuron_rmsq import ops, packed
+
+SHAPES = ((2048, 11264), (4096, 14336), (8192, 8192))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+LABELS = {"ours": "backend cpu (FP8)", "bf16": "F.linear (bf16)", "stock": "stock vLLM (FP8)"}
+
+
+def stock_linear(k: int, n: int):
+    """The kernel vLLM chooses here for per-channel weights and per-token activations."""
+    with set_current_vllm_config(VllmConfig()):
+        return init_fp8_linear_kernel(
+            kFp8DynamicTokenSym,
+            kFp8StaticChannelSym,
+            input_dtype=torch.bfloat16,
+            out_dtype=torch.bfloat16,
+            weight_shape=(n, k),
+        )
+
+
+def measure(k: int, n: int) -> list[dict[str, object]]:
+    weight = torch.randn(n, k, dtype=torch.bfloat16)
+    codes, weight_scale = weight.to(torch.float8_e4m3fn), torch.rand(n) + 0.5
+    prepacked = ops.prepack_fp8_weight(codes, weight_scale, backend="cpu")
+    stock = stock_linear(k, n)
+
+    def row(m: int) -> dict[str, object]:
+        x = torch.randn(m, k, dtype=torch.bfloat16)
+        x_codes, x_scale = x.to(torch.float8_e4m3fn), torch.rand(m, 1) + 0.5
+        x_packed = packed.pack(x_codes, x_scale)
+
+        def ours() -> torch.Tensor:
+            return ops.packed_fp8_linear(x_packed, prepacked, weight_scale)
+
+        def bf16() -> torch.Tensor:
+            return torch.nn.functional.linear(x, weight)
+
+        def stock_fp8() -> torch.Tensor:
+            return stock.apply_scaled_mm(
+                A=x_codes,
+                B=codes.t(),
+                As=x_scale,
+                Bs=weight_scale.unsqueeze(1),
+                out_dtype=torch.bfloat16,
+                bias=None,
+                output_shape=[m, n],
+            )
+
+        torch.testing.assert_close(ours(), stock_fp8())
+        seconds = common.take_turns({"ours": ours, "bf16": bf16, "stock": stock_fp8})
+        times = {f"{side} ms": 1e3 * taken for side, taken in seconds.items()}
+        ratios = {f"{side} / ours": seconds[side] / seconds["ours"] for side in ("bf16", "stock")}
+        return {"K": k, "N": n, "M": m, **times, **ratios}
+
+    return [row(m) for m in ROWS]
+
+
+def plot(rows: list[dict[str, object]]) -> None:
+    figure, axes = plt.subplots(1, len(SHAPES), figsize=(12, 4), sharey=True, layout="constrained")
+    for axis, (k, n) in zip(axes, SHAPES, strict=True):
+        shown = [row for row in rows if (row["K"], row["N"]) == (k, n)]
+        for side, label in LABELS.items():
+            axis.loglog(ROWS, [row[f"{side} ms"] for row in shown], marker="o", label=label, base=2)
+        axis.set(title=f"K = {k}, N = {n}", xlabel="rows")
+        axis.set_yscale("log")
+        axis.grid(which="major", alpha=0.3)
+    axes[0].set_ylabel("ms")
+    axes[0].legend()
+    figure.suptitle(f"FP8 linear — {common.machine()}", fontsize=10)
+    figure.savefig(common.RESULTS / "packed_fp8_linear.png", dpi=120)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(common.machine())
+    rows = [row for k, n in SHAPES for row in measure(k, n)]
+    common.report("packed_fp8_linear", rows)
+    plot(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Backend cpu without its library: the package works, says why it is slow, and what mends it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_neuron_rmsq import backends, ops, reference, settings
+from vllm_neuron_rmsq.backends import cpu
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_found():
+    yield
+    settings.install(None)
+    cpu.set_isa("auto")
+    for cached in (backends.unavailable, backends.resolve):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def without_library(tmp_path, monkeypatch):
+    """The package as it is where the build made no library; the file the reason goes into."""
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu_kernels.so")
+    monkeypatch.setattr(cpu, "REASON", tmp_path / "_cpu_kernels.txt")
+    cpu._load.cache_clear()
+    for cached in (backends.unavailable, backends.resolve):
+        cached.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    cpu._load.cache_clear()
+
+
+def test_auto_is_cpu_on_cpu():
+    backends.resolve.cache_clear()
+    assert backends.resolve("auto", "cpu") == "cpu"
+
+
+def test_no_library(without_library):
+    cpu.REASON.write_text("torch was not found by the build\n")
+    message = r"not built: torch was not found by the build; reinstall with pip install --no-build-isolation"
+    with pytest.raises(backends.BackendUnavailableError, match=message):
+        backends.resolve("cpu", "cpu")
+    assert backends.resolve("auto", "cpu") == "torch"
+    hidden = torch.randn(3, 40)
+    assert torch.equal(ops.rms_norm_quant(hidden, None), reference.rms_norm_quant(hidden, None))
+
+
+def test_never_installed(without_library):
+    assert "the package was never installed here; reinstall" in backends.unavailable("cpu")
+
+
+def test_library_that_does_not_load(without_library):
+    cpu.LIBRARY.write_bytes(b"not a library")
+    assert "cannot be loaded" in backends.unavailable("cpu")
+    assert "reinstall with pip install --no-build-isolation" in backends.unavailable("cpu")
+
+
+def test_chosen_level_is_put_in_force_and_must_be_there(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(cpu, "set_isa", chosen.append)
+    settings.install(settings.Settings(cpu_isa="portable"))
+    backends.unavailable.cache_clear()
+    assert backends.unavailable("cpu") is None
+    assert chosen == ["portable"]
+
+
+def test_level_the_machine_lacks():
+    with pytest.raises(
+        ValueError, match=r"cpu_isa: expected auto or one this machine has \(portable.*got 'sve'"
+    ):
+        cpu.set_isa("sve")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CC": "false", "CXX": "false"}, "'false'"),
+        ({"CC": "no-such-compiler", "CXX": "no-such-compiler"}, "no-such-compiler"),
+    ],
+)
+def test_a_failing_build_installs_the_reason(environment, reason, tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    for name in ("kernels/cpu", "vllm_neuron_rmsq"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("*.so", "*.txt")
+        )
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "built/vllm_neuron_rmsq/_cpu_kernels.so").exists()
+    assert reason in (tmp_path / "built/vllm_neuron_rmsq/_cpu_kernels.txt").read_text()
+    assert "native CPU kernels not built" in done.stdout + done.stderr
