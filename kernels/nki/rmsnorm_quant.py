@@ -21,7 +21,7 @@ engines read both tensors and add them on the way into SBUF (``dma_compute``, fp
 **SBUF, per partition, H = 8192 in bf16.** Two of each, used in turn, so that one tile loads and stores while
 another is computed: the input ``x`` (2 x 16 KiB; fp32 with a residual), the normalized values ``v`` in fp16
 (2 x 16 KiB) and the packed rows (2 x 8 KiB). Once: gamma in fp16 (16 KiB), scratch for the absolute maximum
-(4 KiB). At H = 16384 with a residual 211 of the 224 KiB, ``x`` then being there once. PSUM serves the
+(4 KiB). At H = 16384 with a residual 204 of the 224 KiB, ``x`` then being there once. PSUM serves the
 broadcast of gamma only, its 8 banks in rotation.
 
 **Why fp16.** VectorE is two to four times as fast when every operand is a 16-bit float in SBUF. bf16 would
@@ -50,10 +50,13 @@ TensorE   gamma to all partitions, against ones; once per launch           -
 
 ScalarE: 2 H / 1.2 GHz = 13.7 us at H = 8192; VectorE: 1.53 H / 0.96 GHz = 13.0 us. The published schedule has
 three full-width passes on VectorE, 3 H / 0.96 GHz = 25.6 us (scale and gamma, absolute maximum,
-quantization).
+quantization). A model, not a measurement, and it rests on reading VectorE's published width, 512 16-bit
+elements a cycle, as two products of two fp16 tiles per lane and cycle. If that mode only doubles
+NeuronCore-v2's speed for fp16, the multiplication and the fold take twice as long and VectorE 22 us;
+benchmarks/nki_cost.py prints both.
 
-The maximum is folded rather than reduced because a reduction streams one element a cycle whatever its dtype;
-``maximum`` of two fp16 tiles makes two. ``abs_max`` would save the |v| pass but is Trainium3's. rsqrt is
+The maximum is folded rather than reduced because a reduction streams one fp16 element a cycle; ``maximum`` of
+two fp16 tiles makes two. ``abs_max`` would save the |v| pass but is Trainium3's. rsqrt is
 GpSimdE's: more precise than ScalarE's, valid beyond [2^-87, 2^97], and ScalarE need not reload its function
 table between square and rsqrt in every tile. With a residual x is fp32 (the norm is of the unrounded sum),
 the first VectorE pass slows to H, ScalarE takes 3/8 of it, GpSimdE rounds residual_out, and the DMA engines,
@@ -66,8 +69,9 @@ that is added to the scale. GpSimdE, with time to spare, multiplies the row's co
 STATIC there is no scale, and every code of the row becomes 0x7F, NaN in both FP8 formats. No instruction
 mixes rows.
 
-**Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of the elements
-(measured in the simulator: tests/kernels/nki), scales by at most 2^-10 relative.
+**Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of gaussian elements,
+scales by at most 2^-9 relative (in the simulator: tests/kernels/nki). Where bf16 numbers make many exact ties,
+as a gamma of ones can, fp32 noise decides them, in the formula as here, and a single row may differ in 4 %.
 
 Pseudocode::
 
