@@ -70,8 +70,9 @@ STATIC there is no scale, and every code of the row becomes 0x7F, NaN in both FP
 mixes rows.
 
 **Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of gaussian elements,
-scales by at most 2^-9 relative (in the simulator: tests/kernels/nki). Where bf16 numbers make many exact ties,
-as a gamma of ones can, fp32 noise decides them, in the formula as here, and a single row may differ in 4 %.
+scales by at most 2^-9 relative (in the simulator: tests/kernels/nki). Where bf16 numbers make many exact
+ties, as a gamma of ones can, fp32 noise decides them, in the formula as here, and a single row may differ in
+4 %.
 
 Pseudocode::
 
