@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from vllm_neuron_rmsq.cli import smollm2
+
+# vLLM would take nine tenths of the machine for each engine's KV cache; 1 GiB is plenty here.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 @pytest.fixture(scope="session")

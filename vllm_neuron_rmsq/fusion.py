@@ -230,14 +230,15 @@ def _dummy_forward(model: torch.nn.Module, vllm_config: VllmConfig):
         from vllm.distributed import get_pp_group
 
         if not get_pp_group().is_first_rank:
-            intermediate = model.make_empty_intermediate_tensors(PROBE_TOKENS, config.dtype, device)
+            empty = model.make_empty_intermediate_tensors
+            intermediate = empty(PROBE_TOKENS, config.dtype, device)  # type: ignore[operator]
     PackedFp8LinearKernel.probing = True
     try:
         with (
             torch.no_grad(),
             set_forward_context(None, vllm_config, num_tokens=PROBE_TOKENS, skip_compiled=True),
         ):
-            return model(  # type: ignore[operator]
+            return model(
                 input_ids=torch.zeros(PROBE_TOKENS, dtype=torch.int32, device=device),
                 positions=positions,
                 intermediate_tensors=intermediate,

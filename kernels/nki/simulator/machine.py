@@ -1,0 +1,119 @@
+"""The NeuronCore a kernel runs on: who runs, how much SBUF and PSUM is live, what was issued."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import hardware
+from .errors import NkiSimulationError, fail, kernel_line
+
+
+class Pool:
+    """Live bytes per partition of SBUF or PSUM, and the highest they rose."""
+
+    def __init__(self, name: str, capacity: int, unit: int = 1) -> None:
+        self.name = name
+        self.capacity = capacity
+        self.unit = unit  # tensors placed by the compiler take multiples of it
+        self.reserved = 0  # high-water mark of tensors placed by explicit address
+        self.used = 0  # of tensors placed by the compiler
+        self.peak = 0
+        self.peak_at = ""
+        self._live: dict[int, tuple[int, str]] = {}
+
+    def take(self, key: int, nbytes: int, label: str) -> None:
+        """Count `nbytes` per partition for tensor `key`; error when the memory is full."""
+        nbytes = -(-nbytes // self.unit) * self.unit
+        if self.reserved + self.used + nbytes > self.capacity:
+            gc.collect()  # tensors in reference cycles are dead too
+        total = self.reserved + self.used + nbytes
+        if total > self.capacity:
+            largest = sorted(self._live.values(), reverse=True)[:4]
+            held = "; ".join(f"{size} B {what}" for size, what in largest)
+            fail(
+                "nki.language.ndarray",
+                label,
+                f"at most {self.capacity} B of {self.name} per partition in use",
+                f"{total} B ({nbytes} B more on top of {total - nbytes} B: {held})",
+            )
+        self.used += nbytes
+        self._live[key] = (nbytes, label)
+        self._note()
+
+    def give(self, key: int) -> None:
+        """The tensor `key` is gone."""
+        nbytes, _ = self._live.pop(key, (0, ""))
+        self.used -= nbytes
+
+    def reserve(self, end: int) -> None:
+        """An explicit address ending at byte `end` of the partition is in use from now on."""
+        if end > self.reserved:
+            if end + self.used > self.capacity:
+                fail(
+                    "nki.language.ndarray",
+                    "address",
+                    f"an end within the {self.capacity - self.used} B of {self.name} per partition "
+                    "that are not taken by tensors without an address",
+                    f"end at byte {end}",
+                )
+            self.reserved = end
+            self._note()
+
+    def _note(self) -> None:
+        if self.reserved + self.used > self.peak:
+            self.peak = self.reserved + self.used
+            self.peak_at = kernel_line()
+
+
+class Machine:
+    """One program of the launch grid on one NeuronCore."""
+
+    def __init__(
+        self, program: int, grid: tuple[int, ...], shared: Any, cost: Any, target: hardware.Target
+    ) -> None:
+        self.program = program
+        self.grid = grid
+        self.shared = shared
+        self.cost = cost
+        self.target = target
+        self.sbuf = Pool("SBUF", self.target.sbuf_bytes)
+        self.psum = Pool("PSUM", hardware.PSUM_BYTES, hardware.PSUM_BANK_BYTES)
+        self.arenas: dict[str, Any] = {}
+        self.registers: dict[str, Any] = {}
+        self.shared_allocations = 0
+
+
+_local = threading.local()
+
+
+def current() -> Machine:
+    """The machine of the running kernel. Raises NkiSimulationError outside of one."""
+    machine = getattr(_local, "machine", None)
+    if machine is None:
+        raise NkiSimulationError("NKI call outside of a kernel: run it with simulate(kernel)(...)")
+    return machine
+
+
+def running() -> bool:
+    """Whether a kernel runs on this thread."""
+    return getattr(_local, "machine", None) is not None
+
+
+def target() -> hardware.Target:
+    """What the running kernel is simulated for; outside of one, what the next would be."""
+    return current().target if running() else hardware.target()
+
+
+@contextmanager
+def on(machine: Machine) -> Iterator[Machine]:
+    """Make `machine` the current one of this thread."""
+    before = getattr(_local, "machine", None)
+    _local.machine = machine
+    try:
+        yield machine
+    finally:
+        _local.machine = before

@@ -1,0 +1,299 @@
+"""Backends ``nki`` and ``nki-sim``: what is missing is said, inputs split, kernels launched as documented.
+
+Where no Neuron SDK is, modules of its names stand in for it; they record how they are called and simulate.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+
+import pytest
+import torch
+
+from vllm_neuron_rmsq import backends, ops, reference, settings
+from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq.backends import nki, nki_sim
+from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul, rmsnorm_quant
+from vllm_neuron_rmsq.kernels.nki.simulator import simulate
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    for name in ("NEURON_LOGICAL_NC_CONFIG", "NEURON_PLATFORM_TARGET_OVERRIDE", "NKI_SIMULATOR"):
+        monkeypatch.delenv(name, raising=False)
+    caches = (backends.unavailable, backends.resolve, nki._binding)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+    settings.install(None)
+
+
+def module(monkeypatch, name: str, **attributes) -> None:
+    """Put a module of this name, and the packages it lies in, where imports find them."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        full = ".".join(parts[:i])
+        if full not in sys.modules or i == len(parts):
+            made = types.ModuleType(full)
+            made.__path__ = []
+            made.__spec__ = importlib.machinery.ModuleSpec(full, None, is_package=True)
+            monkeypatch.setitem(sys.modules, full, made)
+    for key, value in attributes.items():
+        setattr(sys.modules[name], key, value)
+
+
+class Recorder:
+    """Stands in for ``wrap_nki``: remembers kernels, grids and arguments; computes by simulation."""
+
+    def __init__(self) -> None:
+        self.wrapped: list = []
+        self.launched: list = []
+
+    def __call__(self, kernel):
+        self.wrapped.append(kernel)
+        recorder = self
+
+        class Caller:
+            def __getitem__(self, grid):
+                def run(**arguments):
+                    recorder.launched.append((kernel, grid, arguments))
+                    return simulate(kernel, grid)(**arguments)
+
+                return run
+
+        return Caller()
+
+
+@pytest.fixture
+def sdk(monkeypatch) -> Recorder:
+    """NKI 0.6, libtorch_neuronx_lite and a Trainium2 device."""
+    recorder = Recorder()
+    module(monkeypatch, "nki.isa")
+    module(monkeypatch, "libtorch_neuronx_lite.nki.nki_hop", wrap_nki=recorder)
+    monkeypatch.setattr(nki.importlib.metadata, "version", lambda name: {"nki": "0.6.0+g1"}[name])
+    monkeypatch.setattr(nki.glob, "glob", lambda pattern: ["/dev/neuron0"])
+    return recorder
+
+
+class TestUnavailable:
+    """Each thing that can be missing is named, and what to do about it."""
+
+    def test_nothing_is_missing(self, sdk):
+        assert nki.unavailable() is None
+
+    def test_no_sdk(self):
+        reason = nki.unavailable()
+        assert reason is not None
+        assert "`nki` is not installed; install the AWS Neuron SDK 2.32" in reason
+        with pytest.raises(
+            backends.BackendUnavailableError, match="backend 'nki' cannot run here: the Neuron SDK"
+        ):
+            backends.resolve("nki", "cpu")
+
+    def test_a_placeholder_is_no_sdk(self, monkeypatch):
+        module(monkeypatch, "nki")
+        monkeypatch.setattr(nki.importlib.metadata, "version", lambda name: "0.0.1")
+        assert "`nki` is not installed" in nki.unavailable()
+
+    @pytest.mark.parametrize("version", ["0.5.2", "0.7", "1.0rc1"])
+    def test_another_nki(self, sdk, monkeypatch, version):
+        monkeypatch.setattr(nki.importlib.metadata, "version", lambda name: version)
+        reason = nki.unavailable()
+        assert reason.startswith("the kernels are written for NKI 0.6, but nki ")
+        assert "install the AWS Neuron SDK 2.32" in reason
+
+    def test_no_binding(self, sdk, monkeypatch):
+        for name in [n for n in sys.modules if n.startswith("libtorch_neuronx_lite")]:
+            monkeypatch.delitem(sys.modules, name)
+        assert nki.unavailable().startswith(
+            "no PyTorch binding for Neuron: libtorch_neuronx_lite, torch_neuronx"
+        )
+
+    def test_an_old_platform(self, sdk, monkeypatch):
+        monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn1")
+        assert "NEURON_PLATFORM_TARGET_OVERRIDE=trn1 is no platform the kernels run on" in nki.unavailable()
+
+    def test_no_device(self, sdk, monkeypatch):
+        monkeypatch.setattr(nki.glob, "glob", lambda pattern: [])
+        assert "no Neuron device (/dev/neuron0)" in nki.unavailable()
+        monkeypatch.setenv("NKI_SIMULATOR", "1")
+        assert nki.unavailable() is None
+
+    def test_simulator_needs_ml_dtypes(self, monkeypatch):
+        assert nki_sim.unavailable() is None
+        monkeypatch.setattr(nki_sim.importlib.util, "find_spec", lambda name: name != "ml_dtypes" or None)
+        assert nki_sim.unavailable() == "the simulator needs ml_dtypes; pip install ml_dtypes"
+
+
+class TestLaunch:
+    def test_wrapped_once_and_launched_on_lnc(self, sdk, monkeypatch):
+        hidden, weight = torch.randn(4, 64).bfloat16(), torch.ones(64).bfloat16()
+        for cores, expected in ((None, 2), ("1", 1), ("2", 2)):
+            if cores is not None:
+                monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", cores)
+            ops.rms_norm_quant(hidden, weight, backend="nki")
+            kernel, grid, _ = sdk.launched[-1]
+            assert kernel is rmsnorm_quant.rmsnorm_quant_bytes_kernel
+            assert grid == expected
+        assert len(sdk.wrapped) == 1
+
+    def test_lnc_is_1_or_2(self, sdk, monkeypatch):
+        monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "4")
+        with pytest.raises(ValueError, match="NEURON_LOGICAL_NC_CONFIG: expected 1 or 2, got '4'"):
+            ops.rms_norm_quant(torch.randn(4, 64), torch.ones(64), backend="nki")
+
+    def test_torch_neuronx_wraps_too(self, sdk, monkeypatch):
+        for name in [n for n in sys.modules if n.startswith("libtorch_neuronx_lite")]:
+            monkeypatch.delitem(sys.modules, name)
+        module(monkeypatch, "torch_neuronx.nki_hop", wrap_nki=sdk)
+        assert nki.unavailable() is None
+        ops.rms_norm_quant(torch.randn(4, 64), torch.ones(64), backend="nki")
+        assert len(sdk.launched) == 1
+
+    def test_torch_xla_calls_the_kernel_itself(self, sdk, monkeypatch):
+        for name in [n for n in sys.modules if n.startswith("libtorch_neuronx_lite")]:
+            monkeypatch.delitem(sys.modules, name)
+        module(monkeypatch, "torch_xla")
+        hidden, weight = torch.randn(4, 64).bfloat16(), torch.ones(64).bfloat16()
+        assert nki.unavailable() is None
+        got = ops.rms_norm_quant(hidden, weight, backend="nki")
+        assert torch.equal(got, ops.rms_norm_quant(hidden, weight, backend="nki-sim"))
+        assert sdk.launched == []
+
+    def test_only_what_is_given_is_passed(self, sdk):
+        """A graph cannot hold None; and numbers, not objects, are what a compiled kernel is cached by."""
+        hidden, weight = torch.randn(4, 64), torch.ones(64)
+        ops.rms_norm_quant(hidden, None, backend="nki")
+        assert set(sdk.launched[-1][2]) == {"hidden", "eps", "lower_bound"}
+        ops.rms_norm_quant(hidden, weight, residual=hidden, static_scale=0.5, backend="nki")
+        arguments = sdk.launched[-1][2]
+        assert set(arguments) == {"hidden", "residual", "ln_w", "input_dequant_scale", "eps", "lower_bound"}
+        assert arguments["input_dequant_scale"].shape == (128, 1)
+        packed = ops.rms_norm_quant(hidden, weight, backend="nki")
+        ops.packed_fp8_linear(packed, torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8), backend="nki")
+        kernel, _, arguments = sdk.launched[-1]
+        assert kernel is packed_fp8_matmul.packed_fp8_matmul_kernel
+        assert set(arguments) == {"packed", "weight", "weight_scale"}
+
+    def test_trn3_codes_need_trainium3(self, sdk, monkeypatch):
+        hidden, weight = torch.randn(4, 64), torch.ones(64)
+        with pytest.raises(ValueError, match=r"target: trn3 codes \(±448\) need Trainium3"):
+            ops.rms_norm_quant(hidden, weight, target="trn3", backend="nki")
+        monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn3")
+        packed = ops.rms_norm_quant(hidden, weight, target="trn3", backend="nki")
+        assert sdk.launched[-1][2]["ocp"] is True
+        ops.packed_fp8_linear(packed, torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8), backend="nki")
+        assert sdk.launched[-1][2]["dtype_mode"] == rmsnorm_quant.DtypeMode.OCP
+
+    def test_platform_is_the_bindings(self, sdk, monkeypatch):
+        assert nki.platform() == "trn2"
+        module(monkeypatch, "libtorch_neuronx_lite.compile.platform", get_platform_target=lambda: "trn3")
+        assert nki.platform() == "trn3"
+
+    def test_trainium2_refuses_weights_it_would_misread(self, sdk):
+        weight = torch.full((2, 64), 448.0).to(torch.float8_e4m3fn)
+        with pytest.raises(ValueError, match="weight: expected FP8 codes within ±240"):
+            ops.prepack_fp8_weight(weight, torch.ones(2), backend="nki")
+
+    def test_simulator_runs_on_the_cpu(self):
+        hidden = torch.empty(4, 64, device="meta")
+        with pytest.raises(ValueError, match="backend nki-sim: expected tensors on the CPU, got meta"):
+            nki_sim.rms_norm_quant(hidden, None, None, 1e-6, 0.0, 240.0)
+
+
+class TestSplitting:
+    def test_one_row_on_two_cores(self, monkeypatch):
+        monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "2")
+        hidden, residual, weight = torch.randn(1, 64), torch.randn(1, 64), torch.ones(64)
+        got, total = ops.rms_norm_quant(hidden, weight, residual=residual, backend="nki-sim")
+        want, expected = reference.rms_norm_quant(hidden, weight, residual=residual)
+        assert got.shape == (1, 68)
+        assert torch.equal(total, expected)
+        torch.testing.assert_close(fmt.unpack(got)[1], fmt.unpack(want)[1], rtol=1e-5, atol=0)
+
+    def test_more_rows_than_the_norm_kernel_takes(self, sdk):
+        rows = rmsnorm_quant.MAX_B * rmsnorm_quant.MAX_S + 1
+        hidden = torch.randn(rows, 2)
+        got, total = ops.rms_norm_quant(hidden, None, residual=hidden, backend="nki")
+        assert [call[2]["hidden"].shape[0] for call in sdk.launched] == [
+            rows - 1,
+            2,
+        ]  # one row, and one for LNC 2
+        assert torch.equal(total, 2 * hidden)
+        codes, scale = fmt.unpack(got)
+        want = fmt.unpack(reference.rms_norm_quant(2 * hidden, None))
+        torch.testing.assert_close(scale, want[1], rtol=1e-5, atol=0)
+        assert codes.shape == (rows, 2)
+
+    def test_more_rows_than_the_matmul_kernel_takes(self, sdk):
+        rows = packed_fp8_matmul.MAX_T + 3
+        codes = torch.randint(0, 0x70, (rows, 2), dtype=torch.uint8)
+        packed = fmt.pack(codes, torch.rand(rows))
+        weight = torch.randn(4, 2).to(torch.float8_e4m3fn)
+        out = ops.packed_fp8_linear(packed, weight, torch.ones(4), backend="nki")
+        assert [call[2]["packed"].shape[0] for call in sdk.launched] == [rows - 3, 3]
+        want = ops.packed_fp8_linear(packed, weight, torch.ones(4), backend="torch")
+        torch.testing.assert_close(out, want, rtol=2**-6, atol=1e-2)
+
+    def test_wider_rows_than_the_kernel_takes(self):
+        with pytest.raises(ValueError, match=r"hidden: expected H <= 16384 .* got 16385"):
+            ops.rms_norm_quant(torch.zeros(1, 16385), None, backend="nki-sim")
+
+    @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+    def test_no_rows(self, shape):
+        hidden, weight = torch.zeros(shape).bfloat16(), torch.ones(64)
+        assert ops.rms_norm_quant(hidden, weight, backend="nki-sim").shape == (*shape[:-1], 68)
+        assert ops.rms_norm_quant(hidden, weight, static_scale=1.0, backend="nki-sim").shape == shape
+        packed, total = ops.rms_norm_quant(hidden, weight, residual=hidden, backend="nki-sim")
+        assert total.shape == shape
+        out = ops.packed_fp8_linear(
+            packed, torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8), backend="nki-sim"
+        )
+        assert out.shape == (*shape[:-1], 8)
+
+    def test_views_are_taken_as_they_are(self):
+        """Neither contiguous nor on a 4-byte boundary."""
+        hidden = torch.randn(6, 130).bfloat16()[::2, 1::2]
+        weight = torch.randn(65)
+        got = ops.rms_norm_quant(hidden, weight, backend="nki-sim")
+        want = ops.rms_norm_quant(hidden.contiguous(), weight, backend="nki-sim")
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("consumer", ["torch", "nki-sim"])
+@pytest.mark.parametrize("width", [576, 577])
+def test_packed_rows_feed_every_matmul(consumer, width):
+    """What nki-sim packs decodes by the format and multiplies on another backend to the same."""
+    torch.manual_seed(0)
+    hidden, gamma = torch.randn(2, 5, width).bfloat16(), 1 + 0.3 * torch.randn(width)
+    packed = ops.rms_norm_quant(hidden, gamma, backend="nki-sim")
+    x = hidden.float()
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gamma
+    decoded = fmt.dequantize(packed)
+    assert (decoded - y).abs().max() <= y.abs().max() / 16
+    weight = (torch.randn(48, width) * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
+    weight_scale = torch.rand(48) * 0.1
+    out = ops.packed_fp8_linear(packed, weight, weight_scale, backend=consumer)
+    want = (decoded.double() @ weight.double().t()) * weight_scale.double()
+    assert (out.double() - want).abs().max() <= 2**-6 * want.abs().max()
+
+
+def test_ops_of_both_backends_in_a_graph():
+    """The fakes know the prepacked shape; torch.compile sees one op."""
+    hidden, gamma = torch.randn(3, 64).bfloat16(), torch.ones(64)
+    prepacked = ops.prepack_fp8_weight(
+        torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8), backend="nki-sim"
+    )
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def layer(x):
+        packed = ops.rms_norm_quant(x, gamma, backend="nki-sim")
+        return ops.packed_fp8_linear(packed, prepacked, torch.ones(8))
+
+    assert layer(hidden).shape == (3, 8)
+    for name in ("nki", "nki-sim"):
+        assert backends.module(name).prepacked_shape(8, 64) == tuple(prepacked.data.shape)

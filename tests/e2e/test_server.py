@@ -1,0 +1,165 @@
+"""A real ``vllm serve`` with the plugin, and the ``openai`` client: eager and compiled."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import requests
+
+START_SECONDS = 280
+QUESTION = "Complete: The capital of France is"  # a question with a clear answer: see test_offline.py
+pytestmark = pytest.mark.timeout(600)
+
+
+class Server:
+    """``vllm serve`` in a process group of its own, logging to a file."""
+
+    def __init__(self, checkpoint: Path, folder: Path, *arguments: str, **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = folder / "server.log"
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "smollm2"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command + list(arguments),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"VLLM_CACHE_ROOT": str(folder / "cache")} | environment,
+                start_new_session=True,
+            )
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
+
+    def wait(self) -> None:
+        """Wait until the server answers; fail with its log when it ends instead."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"server ended:\n{self.text()[-6000:]}"
+            try:
+                if requests.get(f"http://127.0.0.1:{self.port}/health", timeout=2).ok:
+                    return
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        raise AssertionError(f"server not ready in {START_SECONDS} s:\n{self.text()[-6000:]}")
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> list[psutil.Process]:
+        """Ask the server to end as a user's Ctrl-C would; return the processes that outlive it."""
+        family = [
+            *psutil.Process(self.process.pid).children(recursive=True),
+            psutil.Process(self.process.pid),
+        ]
+        self.process.terminate()
+        self.process.wait(60)
+        return psutil.wait_procs(family, timeout=30)[1]
+
+    def ask(self, question: str, **options) -> str:
+        messages = [{"role": "user", "content": question}]
+        reply = self.client.chat.completions.create(
+            model="smollm2", messages=messages, temperature=0, **{"max_tokens": 16} | options
+        )
+        return reply.choices[0].message.content
+
+
+@pytest.fixture(scope="module", params=[["--enforce-eager"], []], ids=["eager", "compiled"])
+def server(request, smollm2_fp8, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    # Prompts longer than 256 tokens are prefilled in chunks; prefix caching is on by default.
+    arguments = [*request.param, "--max-model-len", "1024", "--max-num-batched-tokens", "256"]
+    server = Server(smollm2_fp8, folder, *arguments, "--max-num-seqs", "16")
+    try:
+        server.wait()
+        yield server
+        assert server.stop() == []
+    finally:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, 9)
+
+
+def test_reports_the_fused_layers(server):
+    assert "60 of 61 RMSNorm layers fused (backend cpu, target trn2), 120 packed FP8 linears" in server.text()
+    assert "Unknown vLLM environment variable" not in server.text()
+
+
+def test_chat(server):
+    assert server.ask(QUESTION).startswith("The capital of France is Paris.")
+
+
+def test_completions(server):
+    reply = server.client.completions.create(
+        model="smollm2", prompt="One, two, three, four,", max_tokens=8, temperature=0
+    )
+    assert "five" in reply.choices[0].text
+
+
+def test_streaming(server):
+    question = [{"role": "user", "content": QUESTION}]
+    stream = server.client.chat.completions.create(
+        model="smollm2", messages=question, max_tokens=16, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len(pieces) > 4
+    assert "".join(pieces).startswith("The capital of France is Paris.")
+
+
+def test_sixteen_at_once(server):
+    capitals = {"Germany": "Berlin", "Japan": "Tokyo", "Egypt": "Cairo", "Greece": "Athens"}
+    countries = list(capitals) * 4
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda c: server.ask(f"What is the capital of {c}?"), countries))
+    for country, answer in zip(countries, answers, strict=True):
+        assert capitals[country] in answer
+
+
+def test_chunked_prefill_and_prefix_caching(server):
+    story = "The sun rises in the east and the river runs to the sea. " * 45
+    question = f"{story}\n{QUESTION}"
+    assert "Paris" in server.ask(question)
+    assert "Paris" in server.ask(question)  # from cached blocks
+
+
+def test_bad_requests_do_not_stop_it(server):
+    with pytest.raises(openai.BadRequestError):
+        server.ask("word " * 2000)
+    with pytest.raises(openai.NotFoundError):
+        server.client.completions.create(model="another", prompt="x")
+    assert "Paris" in server.ask(QUESTION)
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"VLLM_RMSQ_BACKEND": "gpu"}, "VLLM_RMSQ_BACKEND: expected one of auto, nki, nki-sim, cpu, triton"),
+        ({"VLLM_RMSQ_TARGTE": "trn2"}, "VLLM_RMSQ_TARGTE: unknown environment variable; expected one of"),
+    ],
+)
+def test_misspelt_settings_stop_the_start(environment, message, smollm2_fp8, tmp_path):
+    server = Server(smollm2_fp8, tmp_path, "--enforce-eager", **environment)
+    try:
+        assert server.process.wait(120) != 0
+        assert message in server.text()
+    finally:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, 9)
+
+
+def test_a_model_path_that_is_not_there_stops_the_start(tmp_path):
+    server = Server(tmp_path / "nothing", tmp_path, "--enforce-eager", HF_HUB_OFFLINE="1")
+    try:
+        assert server.process.wait(120) != 0
+        assert str(tmp_path / "nothing") in server.text()
+    finally:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, 9)

@@ -1,0 +1,46 @@
+"""Backend ``nki-sim``: backend ``nki`` with every kernel launched into the simulator, on a CPU.
+
+For seeing what Trainium computes, not for speed. The launch is that of :mod:`vllm_neuron_rmsq.backends.nki`,
+on one NeuronCore unless NEURON_LOGICAL_NC_CONFIG says 2. The simulated matmul reads codes as
+``float8_e4m3fn``, of which every valid code of either target is one, so it multiplies whatever the other
+backends multiply.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+from vllm_neuron_rmsq.backends import nki
+
+_cores = functools.partial(nki.logical_cores, default=1)
+
+
+def unavailable() -> str | None:
+    """Return what the simulator lacks, or ``None``."""
+    for package in ("numpy", "ml_dtypes"):
+        if importlib.util.find_spec(package) is None:
+            return f"the simulator needs {package}; pip install {package}"
+    return None
+
+
+def _simulated(kernel: Any, arguments: dict[str, Any]) -> Any:
+    from vllm_neuron_rmsq.kernels.nki.simulator import simulate
+
+    device = arguments["packed" if "packed" in arguments else "hidden"].device
+    if device.type != "cpu":
+        raise ValueError(f"backend nki-sim: expected tensors on the CPU, got {device}")
+    target = "trn3" if "ocp" in arguments or "dtype_mode" in arguments else "trn2"
+    with torch.no_grad():
+        return simulate(kernel, _cores(), target=target)(**arguments)
+
+
+_kernels = nki.Kernels(_simulated, _cores, lambda: "trn3")
+rms_norm_quant = _kernels.rms_norm_quant
+add_rms_norm_quant = _kernels.add_rms_norm_quant
+prepack_fp8_weight = _kernels.prepack_fp8_weight
+packed_fp8_linear = _kernels.packed_fp8_linear
+prepacked_shape = nki.prepacked_shape
