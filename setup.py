@@ -3,8 +3,8 @@
 The kernels use torch's stable C++ interface: headers of any torch >= 2.10 build a library that every such
 torch loads. torch is not a build requirement, so that installing this package never replaces the torch that
 vLLM came with: its headers are looked for in the environment installed into. Without them, without a
-compiler, or when compiling fails, the package installs all the same, and a text file,
-``vllm_neuron_rmsq/_cpu_kernels.txt``, says why, where ``backends/cpu.py`` reads it.
+compiler, or when compiling fails, the package installs all the same, and
+``vllm_neuron_rmsq/_cpu_kernels.txt`` says why, where ``backends/cpu.py`` reads it.
 """
 
 import os

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,15 +43,23 @@ def take_turns(
 
 
 def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print ``rows`` as a table and write them to ``results/<name>.csv``; floats keep three decimals."""
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    lines = [list(rows[0]), *cells]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    """Print ``rows`` as a table and write them to ``results/<name>.csv``; floats keep three digits."""
+    lines = [[_text(value) for value in row.values()] for row in rows]
+    table = Table(*rows[0], box=None)
+    for column in table.columns:
+        column.justify = "right"
     for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
+        csv.writer(file, lineterminator="\n").writerows([list(rows[0]), *lines])
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def machine() -> str:

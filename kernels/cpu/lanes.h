@@ -86,21 +86,18 @@ inline void store(double* p, Totals totals) {
 struct Pair { Lanes a, b; };
 
 #if defined(__AVX512VBMI__)
-// For store_codes: where its byte permutations find each element's fields. Two neighbouring lanes' fields are the
-// bytes 0 and 1 (first kind), 2 and 3, 4 and 5 of an 8-byte group; bytes 64 and up are those of the pair's b.
+// For store_codes: where the lowest and the highest bytes of all elements' lanes are; bytes 64 and up are the b's.
 struct Bytes { uint8_t at[64]; };
-template <Dtype D> constexpr Bytes field_bytes(int low_kind, int high_kind) {
+template <Dtype D> constexpr Bytes code_bytes() {
     Bytes bytes{};
     for (int i = 0; i < 32; ++i) {
         const int lane = D == Dtype::bf16 ? i / 2 : i % 16, in_b = D == Dtype::bf16 ? i % 2 : i / 16;
-        const int first = in_b * 64 + lane / 2 * 8 + lane % 2;
-        bytes.at[i] = static_cast<uint8_t>(first + 2 * low_kind);
-        bytes.at[32 + i] = static_cast<uint8_t>(first + 2 * high_kind);
+        bytes.at[i] = static_cast<uint8_t>(in_b * 64 + lane * 4);
+        bytes.at[32 + i] = static_cast<uint8_t>(in_b * 64 + lane * 4 + 3);
     }
     return bytes;
 }
-template <Dtype D> constexpr Bytes kAddendBytes = field_bytes<D>(0, 1);
-template <Dtype D> constexpr Bytes kSignBytes = field_bytes<D>(2, 2);
+template <Dtype D> constexpr Bytes kCodeBytes = code_bytes<D>();
 #endif
 
 template <Dtype D> inline Pair load_pair(const void* p) {
@@ -146,21 +143,17 @@ inline __m512i code_sum(Lanes q) {
 
 template <Dtype D> inline void store_codes(uint8_t* p, Pair q) {
     const __m512i a = code_sum(q.a), b = code_sum(q.b);
-#if defined(__AVX512VBMI__)
-    // Of each sum its bytes from bits 0, 20 and 24 on, for two neighbours together; then all of the first kind (low
-    // half) and second kind (high half) in the order of the elements, and all of the third.
-    const __m512i bits = _mm512_set1_epi64(0x0000381834142000);
-    const __m512i fields_a = _mm512_multishift_epi64_epi8(bits, a), fields_b = _mm512_multishift_epi64_epi8(bits, b);
-    const __m512i addends = _mm512_permutex2var_epi8(fields_a, _mm512_loadu_si512(kAddendBytes<D>.at), fields_b);
-    const __m512i signs = _mm512_permutex2var_epi8(fields_a, _mm512_loadu_si512(kSignBytes<D>.at), fields_b);
-    const __m256i magnitude =
-        _mm256_add_epi8(_mm512_castsi512_si256(addends), _mm512_extracti64x4_epi64(addends, 1));
-    const __m256i codes =
-        _mm256_ternarylogic_epi32(_mm256_set1_epi8(0x7f), magnitude, _mm512_castsi512_si256(signs), 0xca);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes);
-#else
     const __m512i magnitude_a = _mm512_add_epi32(a, _mm512_srli_epi32(a, 20));
     const __m512i magnitude_b = _mm512_add_epi32(b, _mm512_srli_epi32(b, 20));
+#if defined(__AVX512VBMI__)
+    // The magnitudes are in the sums' lowest bytes, the signs in their highest: all of the former into the low half
+    // of a register, in the order of the elements, all of the latter into the high half.
+    const __m512i bytes =
+        _mm512_permutex2var_epi8(magnitude_a, _mm512_loadu_si512(kCodeBytes<D>.at), magnitude_b);
+    const __m256i codes = _mm256_ternarylogic_epi32(
+        _mm256_set1_epi8(0x7f), _mm512_castsi512_si256(bytes), _mm512_extracti64x4_epi64(bytes, 1), 0xca);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes);
+#else
     const __m512i mask = _mm512_set1_epi32(0x7f);
     const __m512i codes_a = _mm512_ternarylogic_epi32(mask, magnitude_a, _mm512_srli_epi32(a, 24), 0xca);
     const __m512i codes_b = _mm512_ternarylogic_epi32(mask, magnitude_b, _mm512_srli_epi32(b, 24), 0xca);
