@@ -6,8 +6,8 @@ Dimensions:
 
 Stock vLLM runs its fused_add_rms_norm and then its per-token FP8 quantization, op by op and compiled into
 one graph by torch.compile. Beside them stock vLLM's norm alone, as a bf16 model has it, and copies of a
-``[T, H]`` bf16 tensor: into existing memory, and into new memory, which is where an op puts its results. Prints a
-table and writes ``benchmarks/results/rms_norm_quant.csv`` and ``.png``::
+``[T, H]`` bf16 tensor: into existing memory, and into new memory, which is where an op puts its results.
+Prints a table and writes ``benchmarks/results/rms_norm_quant.csv`` and ``.png``::
 
     python benchmarks/rms_norm_quant.py
 """
