@@ -26,10 +26,10 @@ def take_turns(
 ) -> dict[str, float]:
     """Return each side's median time in seconds.
 
-    The sides take turns, so that whatever else the machine does meets all alike. A turn is ``in_a_row`` calls,
-    each timed: with one, a side finds the caches as the other sides left them; with several, mostly its own data
-    in them, as an op in a model finds what the op before it wrote. A side stays in until it has had ``seconds``
-    or ``most`` turns, and ``least`` turns at any rate.
+    The sides take turns, so that whatever else the machine does meets all alike. A turn is ``in_a_row``
+    calls, each timed: with one, a side finds the caches as the other sides left them; with several, mostly
+    its own data in them, as an op in a model finds what the op before it wrote. A side stays in until it has
+    had ``seconds`` or ``most`` turns, and ``least`` turns at any rate.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for call in sides.values():

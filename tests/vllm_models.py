@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import tempfile
@@ -110,18 +111,25 @@ class Loaded:
 
     def logits(self, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
         """Return ``[T, vocabulary]`` logits of one causal prefill, without KV cache."""
-        for module in self.model.modules():
-            if isinstance(module, Attention):
-                module.forward = functools.partial(_causal_attention, module)
-        with (
-            torch.no_grad(),
-            set_current_vllm_config(self.config),
-            set_forward_context(None, self.config, num_tokens=len(tokens)),
-        ):
+        with in_vllm(self, len(tokens)):
             hidden = self.model(
                 input_ids=tokens, positions=torch.arange(len(tokens)), intermediate_tensors=None
             )
             return self.model.compute_logits(hidden)
+
+
+@contextlib.contextmanager
+def in_vllm(loaded: Loaded, count: int):
+    """Run parts of ``loaded.model`` on ``count`` tokens, attention without KV cache."""
+    for module in loaded.model.modules():
+        if isinstance(module, Attention):
+            module.forward = functools.partial(_causal_attention, module)
+    with (
+        torch.no_grad(),
+        set_current_vllm_config(loaded.config),
+        set_forward_context(None, loaded.config, num_tokens=count),
+    ):
+        yield
 
 
 def _causal_attention(layer: Attention, query, key, value):

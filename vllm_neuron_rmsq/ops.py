@@ -162,7 +162,8 @@ def packed_fp8_linear(
     """Multiply packed rows by an FP8 weight, reading codes and row scales straight from the rows.
 
     ``out[..., n] = Σ_h value(code[..., h]) * value(weight[n, h]) * scale[...] * weight_scale[n] + bias[n]``,
-    accumulated in fp32.
+    accumulated in fp32. On backend ``cpu`` a row's result depends neither on the batch it sits in nor on the
+    number of threads: every sum takes H in one order. On the others its last bit may.
 
     Args:
         packed: ``[..., H + 4]`` uint8.

@@ -21,7 +21,7 @@ engines read both tensors and add them on the way into SBUF (``dma_compute``, fp
 **SBUF, per partition, H = 8192 in bf16.** Two of each, used in turn, so that one tile loads and stores while
 another is computed: the input ``x`` (2 x 16 KiB; fp32 with a residual), the normalized values ``v`` in fp16
 (2 x 16 KiB) and the packed rows (2 x 8 KiB). Once: gamma in fp16 (16 KiB), scratch for the absolute maximum
-(4 KiB). At H = 16384 with a residual 211 of the 224 KiB, ``x`` then being there once. PSUM serves the
+(4 KiB). At H = 16384 with a residual 204 of the 224 KiB, ``x`` then being there once. PSUM serves the
 broadcast of gamma only, its 8 banks in rotation.
 
 **Why fp16.** VectorE is two to four times as fast when every operand is a 16-bit float in SBUF. bf16 would
@@ -43,16 +43,20 @@ VectorE   v = x * rsqrt * C                       (4x mode)                H / 4
 VectorE   v = v * gamma                           (2x mode)                H / 2
 VectorE   |v| in pieces (4x), folded by maximum (2x)                       0.77 H
 GpSimdE   everything of one number per row: eps, rsqrt, NaN news, q        -
+GpSimdE   codes * 0 in rows that hold NaN, * 1 in others; 4 at a time      H / 2
 ScalarE   code = to_fp8(v * q)                                             H
 TensorE   gamma to all partitions, against ones; once per launch           -
 ========  ===============================================================  ==================
 
 ScalarE: 2 H / 1.2 GHz = 13.7 us at H = 8192; VectorE: 1.53 H / 0.96 GHz = 13.0 us. The published schedule has
 three full-width passes on VectorE, 3 H / 0.96 GHz = 25.6 us (scale and gamma, absolute maximum,
-quantization).
+quantization). A model, not a measurement, and it rests on reading VectorE's published width, 512 16-bit
+elements a cycle, as two products of two fp16 tiles per lane and cycle. If that mode only doubles
+NeuronCore-v2's speed for fp16, the multiplication and the fold take twice as long and VectorE 22 us;
+benchmarks/nki_cost.py prints both.
 
-The maximum is folded rather than reduced because a reduction streams one element a cycle whatever its dtype;
-``maximum`` of two fp16 tiles makes two. ``abs_max`` would save the |v| pass but is Trainium3's. rsqrt is
+The maximum is folded rather than reduced because a reduction streams one fp16 element a cycle; ``maximum`` of
+two fp16 tiles makes two. ``abs_max`` would save the |v| pass but is Trainium3's. rsqrt is
 GpSimdE's: more precise than ScalarE's, valid beyond [2^-87, 2^97], and ScalarE need not reload its function
 table between square and rsqrt in every tile. With a residual x is fp32 (the norm is of the unrounded sum),
 the first VectorE pass slows to H, ScalarE takes 3/8 of it, GpSimdE rounds residual_out, and the DMA engines,
@@ -61,11 +65,14 @@ issues the first half of tile i + 1 before the second half of tile i, and no eng
 
 **NaN and Inf.** What hardware makes of ``max(NaN, x)`` is not documented, so the maximum is not trusted with
 the news: the mean square times its two rsqrts is NaN exactly when it, or gamma, is not finite, and 0 times
-that is added to the scale. The codes of such a row mean nothing: scale NaN says so. With STATIC there is no
-scale, and every code of the row becomes 0x7F, NaN in both FP8 formats. No instruction mixes rows.
+that is added to the scale. GpSimdE, with time to spare, multiplies the row's codes, as integers, by 0. With
+STATIC there is no scale, and every code of the row becomes 0x7F, NaN in both FP8 formats. No instruction
+mixes rows.
 
-**Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of the elements
-(measured in the simulator: tests/kernels/nki), scales by at most 2^-10 relative.
+**Rounding.** Codes differ from the fp32 formula's by at most one step, on about 0.4 % of gaussian elements,
+scales by at most 2^-9 relative (in the simulator: tests/kernels/nki). Where bf16 numbers make many exact
+ties, as a gamma of ones can, fp32 noise decides them, in the formula as here, and a single row may differ in
+4 %.
 
 Pseudocode::
 
@@ -753,7 +760,7 @@ def _reduce_abs_max(peak, data, scratch):
 
 
 def _quantize(tiles, i, rows):
-    """Second half of tile i: scale, codes, packed rows."""
+    """Second half of tile i: scale, codes, packed rows; bad rows are made to say so."""
     width = tiles.width
     codes = tiles.codes[i % len(tiles.codes)]
     data = tiles.x[i % len(tiles.x)][0:rows, :]
@@ -782,6 +789,7 @@ def _quantize(tiles, i, rows):
     if tiles.static:
         _spoil_bad_rows(tiles, i, rows, codes)
     else:
+        _clear_bad_rows(tiles, i, rows, codes)
         nisa.tensor_copy(
             dst=codes[0:rows, width : width + SCALE_BYTES],
             src=_number(tiles, i, rows, SCALE).view(nl.uint8),
@@ -830,21 +838,35 @@ def _find_scale(tiles, i, rows):
     _on_gpsimd(q, q, _w(tiles, i, rows), nl.multiply)
 
 
+def _clear_bad_rows(tiles, i, rows, codes):
+    """Make every code of a row whose BAD is NaN zero: integers times 0 or 1, exact on GpSimdE."""
+    n, dtype = _integers(tiles.width)
+    bad = _number(tiles, i, rows, BAD)
+    good = nl.ndarray((nl.tile_size.pmax, 1), dtype=dtype, buffer=nl.sbuf)[0:rows, :]
+    _on_gpsimd(good, bad, bad, nl.equal)
+    words = codes[0:rows, 0 : tiles.width].view(dtype)
+    _on_gpsimd(words, words, good.broadcast(1, n), nl.multiply)
+
+
 def _spoil_bad_rows(tiles, i, rows, codes):
-    """Make every code of a row whose BAD is NaN the byte 0x7F, by the widest integers that divide H."""
-    dtype, size = nl.uint8, 1
-    if tiles.width % 4 == 0:
-        dtype, size = nl.uint32, 4
-    elif tiles.width % 2 == 0:
-        dtype, size = nl.uint16, 2
-    n = tiles.width // size
+    """Make every code of a row whose BAD is NaN the byte 0x7F."""
+    n, dtype = _integers(tiles.width)
     bad = _number(tiles, i, rows, BAD)
     spoiled = nl.ndarray((nl.tile_size.pmax, 4), dtype=nl.uint8, buffer=nl.sbuf)
-    which = nl.ndarray((nl.tile_size.pmax, 1), dtype=dtype, buffer=nl.sbuf)
+    which = nl.ndarray((nl.tile_size.pmax, 1), dtype=dtype, buffer=nl.sbuf)[0:rows, :]
     nisa.memset(spoiled, NAN_CODE)
-    nisa.tensor_tensor(dst=which[0:rows, :], data1=bad, data2=bad, op=nl.not_equal)
+    nisa.tensor_tensor(dst=which, data1=bad, data2=bad, op=nl.not_equal)
     nisa.tensor_copy_predicated(
         dst=codes[0:rows, 0 : tiles.width].view(dtype),
         src=spoiled.view(dtype)[0:rows, 0:1].broadcast(1, n),
-        predicate=which[0:rows, :].broadcast(1, n),
+        predicate=which.broadcast(1, n),
     )
+
+
+def _integers(width):
+    """``(n, dtype)``: a row of codes as the fewest integers."""
+    if width % 4 == 0:
+        return width // 4, nl.uint32
+    if width % 2 == 0:
+        return width // 2, nl.uint16
+    return width, nl.uint8

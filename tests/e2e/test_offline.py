@@ -47,8 +47,8 @@ def logprobs(llm, tokens):
 def test_answers(llm):
     from vllm import SamplingParams
 
-    # Questions whose first word is not a coin toss: asked "What is the capital of France?", this model is
-    # as likely to begin in French, also in bf16 (see docs/numbers.md).
+    # Questions whose first word is no coin toss. Asked "What is the capital of France?", this model gives
+    # "The" 0.25 nats more than "L" in bf16, and one rounding more or less moves them by as much.
     questions = ["Complete: The capital of France is", "What is the capital of Japan?"]
     chats = [[{"role": "user", "content": question}] for question in questions]
     outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
