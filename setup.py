@@ -1,8 +1,8 @@
 """Builds the native CPU kernels; everything else about the package is in pyproject.toml.
 
 The kernels use torch's stable C++ interface: headers of any torch >= 2.10 build a library that every such
-torch loads. torch is not a build requirement, so that installing this package never replaces the torch that
-vLLM came with: its headers are looked for in the environment installed into. Without them, without a
+torch loads. torch is not a build requirement, so that installing this package never replaces the torch
+that vLLM came with: its headers are looked for in the environment installed into. Without them, without a
 compiler, or when compiling fails, the package installs all the same, and
 ``vllm_neuron_rmsq/_cpu_kernels.txt`` says why, where ``backends/cpu.py`` reads it.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("kernels/cpu")
+SOURCES = Path("vllm_neuron_rmsq/kernels/cpu")
 KERNELS = ("rmsnorm_quant.cpp", "packed_fp8_matmul.cpp")
 """Compiled once for each instruction-set level; the other sources once."""
 

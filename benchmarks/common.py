@@ -18,12 +18,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def take_turns(
-    sides: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 3, most: int = 101
+    sides: Mapping[str, Callable[[], object]],
+    seconds: float = 1.0,
+    least: int = 3,
+    most: int = 101,
+    in_a_row: int = 1,
 ) -> dict[str, float]:
     """Return each side's median time in seconds.
 
-    The sides take turns, one call each, so that whatever else the machine does meets all alike. A side stays
-    in until it has had ``seconds`` or ``most`` turns, and ``least`` turns at any rate.
+    The sides take turns, so that whatever else the machine does meets all alike. A turn is ``in_a_row``
+    calls, each timed: with one, a side finds the caches as the other sides left them; with several, mostly
+    its own data in them, as an op in a model finds what the op before it wrote. A side stays in until it has
+    had ``seconds`` or ``most`` turns, and ``least`` turns at any rate.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for call in sides.values():
@@ -31,13 +37,15 @@ def take_turns(
     waiting = list(sides)
     while waiting:
         for name in waiting:
-            start = time.perf_counter()
-            sides[name]()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(in_a_row):
+                start = time.perf_counter()
+                sides[name]()
+                times[name].append(time.perf_counter() - start)
         waiting = [
             name
             for name in waiting
-            if len(times[name]) < least or (len(times[name]) < most and sum(times[name]) < seconds)
+            if len(times[name]) < least * in_a_row
+            or (len(times[name]) < most * in_a_row and sum(times[name]) < seconds)
         ]
     return {name: statistics.median(taken) for name, taken in times.items()}
 

@@ -4,9 +4,10 @@ Dimensions:
     T: rows (tokens)
     H: hidden size
 
-Stock vLLM runs its fused_add_rms_norm and then its per-token FP8 quantization, op by op and compiled into
-one graph by torch.compile. Beside them stock vLLM's norm alone, as a bf16 model has it, and copies of a
-``[T, H]`` bf16 tensor: into existing memory, and into new memory, which is where an op puts its results.
+Stock vLLM runs its fused_add_rms_norm and then its per-token FP8 quantization, op by op and compiled into one
+graph by torch.compile. Beside them stock vLLM's norm alone, as a bf16 model has it, and copies of a
+``[T, H]`` bf16 tensor: into existing memory, and into new memory, where an op puts its results.
+
 Prints a table and writes ``benchmarks/results/rms_norm_quant.csv`` and ``.png``::
 
     python benchmarks/rms_norm_quant.py
@@ -69,7 +70,7 @@ def measure(t: int, h: int, compiled, quantize: QuantFP8) -> dict[str, object]:
         "clone": lambda: hidden.clone(),
     }
     with torch.inference_mode():
-        seconds = common.take_turns(sides, seconds=0.5)
+        seconds = common.take_turns(sides, seconds=0.3, in_a_row=5)
     speed = OURS_BYTES * t * h / seconds["ours"]
     return {
         "T": t,
