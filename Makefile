@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 .DELETE_ON_ERROR:
-.PHONY: setup demo test clean
+.PHONY: setup demo test asan clean
 
 setup: .venv/plugin.done
 
@@ -17,6 +17,10 @@ test: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+asan: setup
+	kernels/cpu/sanitize.sh .venv/bin/python
 
 clean:
 	rm -rf .venv .cache build

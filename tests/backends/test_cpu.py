@@ -83,7 +83,7 @@ def test_level_the_machine_lacks():
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CC": "false", "CXX": "false"}, "'false'"),
+        ({"CC": "false", "CXX": "false"}, "false' failed with exit code 1"),
         ({"CC": "no-such-compiler", "CXX": "no-such-compiler"}, "no-such-compiler"),
     ],
 )
