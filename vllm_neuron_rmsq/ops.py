@@ -117,9 +117,9 @@ def rms_norm_quant(
         static_scale = torch.full((1,), static_scale, dtype=torch.float32, device=hidden.device)
     name = _backend(backend, hidden.device.type)
     if residual is None:
-        op = _overload("rms_norm_quant", name)
+        op = _overloads["rms_norm_quant", name]
         return op(hidden, weight, static_scale, eps, lower_bound, limit)
-    op = _overload("add_rms_norm_quant", name)
+    op = _overloads["add_rms_norm_quant", name]
     return op(hidden, residual, weight, static_scale, eps, lower_bound, limit)
 
 
@@ -146,7 +146,7 @@ def prepack_fp8_weight(
     name = _backend(backend, weight.device.type)
     data = weight.view(torch.uint8)
     if name not in PLAIN_LAYOUT:
-        data = _overload("prepack_fp8_weight", name)(data)
+        data = _overloads["prepack_fp8_weight", name](data)
     return PrepackedWeight(data, out_features, in_features, name)
 
 
@@ -196,7 +196,7 @@ def packed_fp8_linear(
     for name, tensor in (("weight", weight.data), ("weight_scale", weight_scale), ("bias", bias)):
         if tensor is not None and tensor.device != packed.device:
             raise ValueError(f"{name}: expected device {packed.device} (packed's), got {tensor.device}")
-    op = _overload("packed_fp8_linear", weight.backend)
+    op = _overloads["packed_fp8_linear", weight.backend]
     return op(packed, weight.data, weight_scale, bias, weight.out_features, out_dtype)
 
 
@@ -219,8 +219,8 @@ def _fp8_max(target: str | None) -> float:
     return fmt.fp8_max(settings.current().target if target is None else target)
 
 
-def _overload(op: str, backend: str) -> torch._ops.OpOverload:
-    return getattr(getattr(getattr(torch.ops, NAMESPACE), op), backend.replace("-", "_"))
+_overloads: dict[tuple[str, str], torch._ops.OpOverload] = {}
+"""By op and backend; looking them up under ``torch.ops`` each time would cost half a microsecond."""
 
 
 def _rms_norm_quant_fake(hidden, weight, static_scale, eps, lower_bound, fp8_max):
@@ -251,6 +251,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_ops_of_library = getattr(torch.ops, NAMESPACE)
 
 
 def _call_backend(op: str, backend: str):
@@ -272,3 +273,4 @@ for _op, _schema in SCHEMAS.items():
         torch.library.register_fake(f"{NAMESPACE}::{_overload_name}", _fake, lib=_library)
         if _name != "cpu":  # its implementations are registered from C++
             _library.impl(_overload_name, _call_backend(_op, _name), "CompositeExplicitAutograd")
+        _overloads[_op, _name] = getattr(getattr(_ops_of_library, _op), _name.replace("-", "_"))
