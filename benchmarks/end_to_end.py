@@ -7,7 +7,7 @@ what the same process has without a model's weights (SmolLM2's worker less SmolL
 
 Models: SmolLM2-135M-Instruct, and a 1.1-billion-parameter Llama (hidden size 2048, 22 layers) with random
 weights, both made under ``.cache/``. Prints a table and writes ``benchmarks/results/end_to_end.csv`` and
-``.png``. It takes about half an hour::
+``.png``. It takes about a quarter of an hour::
 
     python benchmarks/end_to_end.py
 """
@@ -33,7 +33,7 @@ from vllm_neuron_rmsq.cli.quantize import quantize
 
 CACHE = Path(__file__).parents[1] / ".cache"
 PROMPT_TOKENS = 32
-ROUNDS = 5
+ROUNDS = 3
 MODELS: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
     # model: (batch sizes, tokens generated for each prompt in a turn, by side)
     "SmolLM2-135M": ((1, 16), {"plugin": 64, "bf16": 64, "stock": 8}),

@@ -28,11 +28,11 @@ from vllm_neuron_rmsq import backends, settings
 from vllm_neuron_rmsq.layers.activation import PACKED_KEY, NormOutputProbe
 from vllm_neuron_rmsq.layers.fp8_linear import PackedFp8LinearKernel
 from vllm_neuron_rmsq.layers.rms_norm_quant import Binding, RMSNormQuant
+from vllm_neuron_rmsq.reference import DTYPES
 
 logger = init_logger(f"vllm.{__name__}")
 
 PROBE_TOKENS = 2
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass

@@ -26,6 +26,9 @@ import torch
 
 from vllm_neuron_rmsq import packed as fmt
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPE_NAMES = "torch.bfloat16, torch.float16 or torch.float32"
+
 
 def rms_norm_quant(
     hidden: torch.Tensor,
@@ -118,31 +121,26 @@ def check_rms_norm_quant(
     static_scale: torch.Tensor | float | None,
 ) -> None:
     """Raise ValueError, naming argument, expected and got, unless the arguments fit the contract."""
-    if hidden.dim() < 2 or hidden.shape[-1] < 1:
-        raise ValueError(f"hidden: expected rank >= 2 and H >= 1, got shape {list(hidden.shape)}")
-    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(
-            f"hidden: expected dtype torch.bfloat16, torch.float16 or torch.float32, got {hidden.dtype}"
-        )
-    width = hidden.shape[-1]
+    # Attributes are read once: each takes a call into torch, and a decode step comes through here often.
+    shape, dtype, device = hidden.shape, hidden.dtype, hidden.device
+    if len(shape) < 2 or shape[-1] < 1:
+        raise ValueError(f"hidden: expected rank >= 2 and H >= 1, got shape {list(shape)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"hidden: expected dtype {_DTYPE_NAMES}, got {dtype}")
     if weight is not None:
-        if weight.dim() != 1 or weight.shape[0] != width:
-            raise ValueError(f"weight: expected shape [{width}] (H of hidden), got {list(weight.shape)}")
-        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(
-                f"weight: expected dtype torch.bfloat16, torch.float16 or torch.float32, got {weight.dtype}"
-            )
-        if weight.device != hidden.device:
-            raise ValueError(f"weight: expected device {hidden.device} (hidden's), got {weight.device}")
+        if weight.shape != shape[-1:]:
+            raise ValueError(f"weight: expected shape [{shape[-1]}] (H of hidden), got {list(weight.shape)}")
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"weight: expected dtype {_DTYPE_NAMES}, got {weight.dtype}")
+        if weight.device != device:
+            raise ValueError(f"weight: expected device {device} (hidden's), got {weight.device}")
     if residual is not None:
-        if residual.shape != hidden.shape:
-            raise ValueError(
-                f"residual: expected shape {list(hidden.shape)} (hidden's), got {list(residual.shape)}"
-            )
-        if residual.dtype != hidden.dtype:
-            raise ValueError(f"residual: expected dtype {hidden.dtype} (hidden's), got {residual.dtype}")
-        if residual.device != hidden.device:
-            raise ValueError(f"residual: expected device {hidden.device} (hidden's), got {residual.device}")
+        if residual.shape != shape:
+            raise ValueError(f"residual: expected shape {list(shape)} (hidden's), got {list(residual.shape)}")
+        if residual.dtype != dtype:
+            raise ValueError(f"residual: expected dtype {dtype} (hidden's), got {residual.dtype}")
+        if residual.device != device:
+            raise ValueError(f"residual: expected device {device} (hidden's), got {residual.device}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
     if not 0 <= lower_bound < math.inf:
