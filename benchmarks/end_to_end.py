@@ -1,13 +1,13 @@
 """Whole models in vLLM on the CPU: FP8 through the plugin, the same in stock vLLM, and bf16, in one run.
 
-Each side is a vLLM engine of its own with the model loaded, as ``vllm serve`` would have it (compiled, prefix
-caching off so that no run profits from the one before). The sides take turns; a turn generates the same
-number of tokens for a batch of equal prompts. Memory is the resident memory of vLLM's worker process, less
-what the same process has without a model's weights (SmolLM2's worker less SmolLM2's weights).
+Each side is a vLLM engine of its own with the model loaded, eager, prefix caching off so that no run profits
+from the one before. The sides take turns; a turn generates a number of tokens for a batch of prompts. Memory
+is the resident memory of vLLM's worker process, less what the same process has without a model's weights
+(SmolLM2's worker less SmolLM2's weights).
 
 Models: SmolLM2-135M-Instruct, and a 1.1-billion-parameter Llama (hidden size 2048, 22 layers) with random
 weights, both made under ``.cache/``. Prints a table and writes ``benchmarks/results/end_to_end.csv`` and
-``.png``. It takes about a quarter of an hour::
+``.png``. It takes about ten minutes::
 
     python benchmarks/end_to_end.py
 """
@@ -75,12 +75,15 @@ class Engine:
         log = CACHE / f"end_to_end-{checkpoint.name}-{environment['VLLM_RMSQ_BACKEND']}.log"
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "worker", str(checkpoint)],
+                # Imported, not run as a script: vLLM's own processes must find _memory by name.
+                [sys.executable, "-c", f"import end_to_end; end_to_end.worker({str(checkpoint)!r})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | environment,
+                env=os.environ
+                | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": str(Path(__file__).parent)}
+                | environment,
             )
         self.log = log
 
@@ -109,6 +112,7 @@ def worker(checkpoint: str) -> None:
     llm = LLM(
         checkpoint,
         skip_tokenizer_init=True,
+        enforce_eager=True,
         max_model_len=256,
         max_num_seqs=16,
         enable_prefix_caching=False,
@@ -197,7 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        worker(sys.argv[2])
-    else:
-        main()
+    main()
