@@ -106,7 +106,7 @@ def bind(model: torch.nn.Module, vllm_config: VllmConfig) -> FusionReport | None
     names = {module: name for name, module in model.named_modules()}
     linears = [module for module in names if getattr(module, "_input_quant_key", None) == PACKED_KEY]
     report.linears = len(linears)
-    report.halved = sum(module.rmsq_halved for module in linears)
+    report.halved = sum(getattr(module, "rmsq_halved", False) for module in linears)
     width = vllm_config.model_config.get_hidden_size()
     entries: dict[RMSNormQuant, NormReport] = {}
     for module, name in names.items():
