@@ -22,6 +22,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.quant_activation import get_input_quant_key
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from vllm_neuron_rmsq import backends, settings
@@ -93,16 +94,17 @@ def bind(model: torch.nn.Module, vllm_config: VllmConfig) -> FusionReport | None
         vllm_config: the configuration it was built with.
 
     Returns:
-        the report, or ``None`` when the plugin is switched off.
+        the report, or ``None`` when the plugin is switched off or has no fast backend for the device.
 
     Raises:
         RuntimeError: STRICT is set and a decoder norm stayed unfused.
     """
     choice = settings.current()
-    if choice.backend == "off":
+    backend, reason = backends.for_serving(choice.backend, current_platform.device_type)
+    if backend is None:
+        logger.info("vllm-neuron-rmsq %s: nothing replaced", reason)
         return None
-    device = vllm_config.device_config.device_type
-    report = FusionReport(backends.resolve(choice.backend, device), choice.target)
+    report = FusionReport(backend, choice.target)
     names = {module: name for name, module in model.named_modules()}
     linears = [module for module in names if getattr(module, "_input_quant_key", None) == PACKED_KEY]
     report.linears = len(linears)

@@ -67,3 +67,29 @@ def resolve(name: str, device_type: str) -> str:
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot run here: {reason}")
     return name
+
+
+def for_serving(name: str, device_type: str) -> tuple[str | None, str]:
+    """Say which backend replaces vLLM's layers on a device, if any should.
+
+    Unlike :func:`resolve`, ``auto`` means none where no backend is faster than vLLM's own kernels: a GPU's
+    would lose to plain torch, and an installed plugin must not keep vLLM from starting on any device.
+
+    Args:
+        name: the backend setting.
+        device_type: vLLM's platform, as in ``torch.device.type``.
+
+    Returns:
+        the backend's name and an empty string, or ``None`` and the reason.
+
+    Raises:
+        BackendUnavailableError: a backend asked for by name cannot run here.
+    """
+    if name == "off":
+        return None, "is switched off (VLLM_RMSQ_BACKEND=off)"
+    if name != "auto":
+        return resolve(name, device_type), ""
+    for candidate in AUTO_ORDER.get(device_type, ("nki",)):
+        if (candidate != "torch" or device_type == "cpu") and unavailable(candidate) is None:
+            return candidate, ""
+    return None, f"has no fast backend for {device_type}; VLLM_RMSQ_BACKEND names one to use all the same"

@@ -50,13 +50,10 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        choice = settings.current()
-        if choice.backend == "off":
-            return False, "is switched off (VLLM_RMSQ_BACKEND=off)"
         if envs.VLLM_BATCH_INVARIANT:
             return False, "keeps its weight in a layout of its own, which VLLM_BATCH_INVARIANT=1 reads"
-        backends.resolve(choice.backend, current_platform.device_type)
-        return True, None
+        backend, reason = backends.for_serving(settings.current().backend, current_platform.device_type)
+        return (True, None) if backend else (False, reason)
 
     @classmethod
     def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
@@ -70,7 +67,9 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         super().__init__(c, layer_param_names)
         choice = settings.current()
         self.target = choice.target
-        self.backend = backends.resolve(choice.backend, current_platform.device_type)
+        backend, reason = backends.for_serving(choice.backend, current_platform.device_type)
+        assert backend is not None, f"PackedFp8LinearKernel {reason}"  # is_supported() said so
+        self.backend = backend
 
     def input_quant_key(self):
         return PACKED_KEY
