@@ -20,7 +20,7 @@ test: setup
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: setup
-	kernels/cpu/sanitize.sh .venv/bin/python
+	kernels/cpu/sanitize.sh $(CURDIR)/.venv/bin/python
 
 clean:
 	rm -rf .venv .cache build

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Build the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and run the CPU kernel tests on them, on
-# every instruction-set level this machine has. From the repository's root:  kernels/cpu/sanitize.sh [python]
+# every instruction-set level this machine has. From the repository's root: kernels/cpu/sanitize.sh [absolute path of a python]
 # The library is built aside; the one installed stays as it is.
 set -eu
 python=${1:-python3}
