@@ -18,7 +18,10 @@ def llm(smollm2_fp8):
     """SmolLM2 in vLLM's own engine process, eager, with the plugin's default settings."""
     from vllm import LLM
 
-    return LLM(str(smollm2_fp8), enforce_eager=True, max_model_len=1100, max_num_batched_tokens=2048)
+    llm = LLM(str(smollm2_fp8), enforce_eager=True, max_model_len=1100, max_num_batched_tokens=2048)
+    yield llm
+    # Now, not when Python ends: vLLM's client thread would free tensors then, which aborts the process.
+    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")
