@@ -24,7 +24,7 @@ from vllm_neuron_rmsq import __version__, fusion, settings
 def apply() -> None:
     """Patch the loader, once."""
     original = BaseModelLoader.load_model
-    if hasattr(original, "__wrapped__") and original.__module__ == __name__:
+    if original.__module__ == __name__:
         return
 
     @functools.wraps(original)
@@ -39,5 +39,5 @@ def apply() -> None:
             extra["rmsq_graph"] = [__version__, repr(settings.current()), backend, fused]
         return model
 
-    load_model.__module__ = __name__
+    load_model.__module__ = __name__  # wraps() copied vLLM's; ours marks the loader as patched
     BaseModelLoader.load_model = load_model
