@@ -22,8 +22,7 @@ def forget_what_was_found():
     yield
     settings.install(None)
     cpu.set_isa("auto")
-    for cached in (backends.unavailable, backends.resolve):
-        cached.cache_clear()
+    backends.forget()
 
 
 @pytest.fixture
@@ -32,15 +31,14 @@ def without_library(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu_kernels.so")
     monkeypatch.setattr(cpu, "REASON", tmp_path / "_cpu_kernels.txt")
     cpu._load.cache_clear()
-    for cached in (backends.unavailable, backends.resolve):
-        cached.cache_clear()
+    backends.forget()
     yield tmp_path
     monkeypatch.undo()
     cpu._load.cache_clear()
 
 
 def test_auto_is_cpu_on_cpu():
-    backends.resolve.cache_clear()
+    backends.forget()
     assert backends.resolve("auto", "cpu") == "cpu"
 
 
@@ -67,10 +65,11 @@ def test_library_that_does_not_load(without_library):
 def test_chosen_level_is_put_in_force_and_must_be_there(monkeypatch):
     chosen = []
     monkeypatch.setattr(cpu, "set_isa", chosen.append)
-    settings.install(settings.Settings(cpu_isa="portable"))
-    backends.unavailable.cache_clear()
-    assert backends.unavailable("cpu") is None
-    assert chosen == ["portable"]
+    for level in ("portable", "avx2"):
+        settings.install(settings.Settings(cpu_isa=level))
+        backends.forget()
+        assert backends.unavailable("cpu") is None
+    assert chosen == ["portable", "avx2"]
 
 
 def test_level_the_machine_lacks():

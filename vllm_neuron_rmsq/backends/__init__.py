@@ -69,6 +69,12 @@ def resolve(name: str, device_type: str) -> str:
     return name
 
 
+def forget() -> None:
+    """Ask the backends anew from now on: what they answer may hang on settings, which have changed."""
+    unavailable.cache_clear()
+    resolve.cache_clear()
+
+
 def for_serving(name: str, device_type: str) -> tuple[str | None, str]:
     """Say which backend replaces vLLM's layers on a device, if any should.
 
