@@ -1,45 +1,50 @@
-"""Whole models in vLLM on the CPU: FP8 through the plugin, the same in stock vLLM, and bf16, in one run.
+"""Whole models served by vLLM on the CPU: FP8 through the plugin, FP8 in stock vLLM, and bf16, in one run.
 
-Each side is a vLLM engine of its own with the model loaded, eager, prefix caching off so that no run profits
-from the one before. The sides take turns; a turn generates a number of tokens for a batch of prompts. Memory
-is the resident memory of vLLM's worker process, less what the same process has without a model's weights
-(SmolLM2's worker less SmolLM2's weights).
+Each side is a ``vllm serve`` of its own with vLLM's defaults (among them torch.compile, and one core left to
+the server's other processes), but prefix caching off, so that no run profits from the one before. The sides
+take turns. In a turn a number of clients ask at once for one token each, then for more; the difference is
+what decoding takes. Memory is the resident memory of vLLM's worker process, less what the same process has
+without a model's weights (SmolLM2's worker less SmolLM2's weights).
 
 Models: SmolLM2-135M-Instruct, and a 1.1-billion-parameter Llama (hidden size 2048, 22 layers) with random
 weights, both made under ``.cache/``. Prints a table and writes ``benchmarks/results/end_to_end.csv`` and
-``.png``. It takes about six minutes::
+``.png``. It takes about 20 minutes::
 
     python benchmarks/end_to_end.py
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
-import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import common
+import httpx
 import matplotlib.pyplot as plt
+import openai
+import psutil
+from safetensors import safe_open
+from vllm.utils.network_utils import get_open_port
 
 from vllm_neuron_rmsq.cli import smollm2
 from vllm_neuron_rmsq.cli.quantize import quantize
 
 CACHE = Path(__file__).parents[1] / ".cache"
 PROMPT_TOKENS = 4
-"""Few, so that what is timed is decoding."""
 ROUNDS = {"plugin": 5, "bf16": 5, "stock": 1}
 """Timed turns. Stock FP8 takes ten seconds for a token, so one must do."""
 MODELS: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
     # model: (batch sizes, tokens generated for each prompt in a turn, by side)
-    "SmolLM2-135M": ((1, 16), {"plugin": 64, "bf16": 64, "stock": 8}),
-    "Llama-1.1B": ((1, 2, 4, 8), {"plugin": 16, "bf16": 16, "stock": 2}),
+    "SmolLM2-135M": ((1, 16), {"plugin": 64, "bf16": 64, "stock": 4}),
+    "Llama-1.1B": ((1, 2, 4, 8), {"plugin": 32, "bf16": 32, "stock": 1}),
 }
 LABELS = {"plugin": "plugin (FP8)", "bf16": "stock vLLM (bf16)", "stock": "stock vLLM (FP8)"}
 
@@ -63,6 +68,8 @@ def llama() -> tuple[Path, Path]:
         )
         torch.set_default_dtype(torch.bfloat16)
         LlamaForCausalLM(config).save_pretrained(bf16)
+        for file in smollm2.bf16(CACHE).glob("*token*"):  # any will do: the server wants one
+            shutil.copy(file, bf16)
         torch.set_default_dtype(torch.float32)
         gc.collect()
     if not fp8.is_dir():
@@ -70,108 +77,101 @@ def llama() -> tuple[Path, Path]:
     return bf16, fp8
 
 
-class Engine:
-    """One side: a process with a vLLM engine that runs what it is sent, see :func:`worker`."""
+class Server:
+    """One side: ``vllm serve``, up and answering."""
 
     def __init__(self, checkpoint: Path, **environment: str) -> None:
         log = CACHE / f"end_to_end-{checkpoint.name}-{environment['VLLM_RMSQ_BACKEND']}.log"
+        port = get_open_port()
+        command = f"serve {checkpoint} --port {port} --served-model-name model --max-model-len 256"
+        options = f"--max-num-seqs 16 --no-enable-prefix-caching --kv-cache-memory-bytes {256 << 20}"
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                # Imported, not run as a script: vLLM's own processes must find _memory by name.
-                [sys.executable, "-c", f"import end_to_end; end_to_end.worker({str(checkpoint)!r})"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=os.environ
-                | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": str(Path(__file__).parent)}
-                | environment,
+                [Path(sys.executable).with_name("vllm"), *command.split(), *options.split()],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
             )
-        self.log = log
+        self.weights = weight_bytes(checkpoint)
+        self.client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=1200)
+        while True:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"vllm serve ended; see {log}")
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                return
+            except httpx.HTTPError:
+                time.sleep(0.5)
 
-    def ask(self, *command: Any) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(command) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine ended; see {self.log}")
-        return json.loads(line)
+    async def generate(self, batch: int, tokens: int) -> float:
+        """Return the seconds in which ``batch`` clients at once get ``tokens`` tokens each."""
+        start = time.perf_counter()
+        await asyncio.gather(
+            *(
+                self.client.completions.create(
+                    model="model",
+                    prompt=[7 + i] * PROMPT_TOKENS,
+                    max_tokens=tokens,
+                    temperature=0,
+                    extra_body={"ignore_eos": True},
+                )
+                for i in range(batch)
+            )
+        )
+        return time.perf_counter() - start
+
+    async def decode(self, batch: int, tokens: int) -> float:
+        """Return the tokens a second after the first one of each client."""
+        first = await self.generate(batch, 1)
+        return batch * tokens / (await self.generate(batch, 1 + tokens) - first)
+
+    def resident(self) -> int:
+        """Bytes of resident memory of the process that holds the model."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        return max(process.memory_info().rss for process in processes)
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.process.terminate()
         self.process.wait(60)
 
 
-def worker(checkpoint: str) -> None:
-    """Load the model; then answer ``["memory"]`` and ``["generate", batch, tokens]``, one line each."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM prints where replies belong
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(
-        checkpoint,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=16,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=256 << 20,
-    )
-    for line in sys.stdin:
-        kind, *numbers = json.loads(line)
-        if kind == "memory":
-            reply: Any = llm.apply_model(_memory)[0]
-        else:
-            batch, tokens = numbers
-            prompts = [{"prompt_token_ids": [7 + i] * PROMPT_TOKENS} for i in range(batch)]
-            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            start = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            reply = time.perf_counter() - start
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+def weight_bytes(checkpoint: Path) -> int:
+    total = 0
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, a safe_open is no dict
+                tensor = tensors.get_tensor(name)
+                total += tensor.numel() * tensor.element_size()
+    return total
 
 
-def _memory(model: Any) -> dict[str, int]:
-    import ctypes
-
-    import psutil
-
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return {"resident": psutil.Process().memory_info().rss, "weights": weights}
-
-
-def measure(name: str, bf16: Path, fp8: Path) -> tuple[list[dict[str, object]], dict[str, dict[str, int]]]:
+async def measure(
+    name: str, bf16: Path, fp8: Path
+) -> tuple[list[dict[str, object]], dict[str, tuple[int, int]]]:
+    """Return a row for each batch size, and each side's resident memory and weight bytes."""
     batches, tokens = MODELS[name]
-    engines = {
-        "plugin": Engine(fp8, VLLM_RMSQ_BACKEND="auto"),
-        "bf16": Engine(bf16, VLLM_RMSQ_BACKEND="off"),
-        "stock": Engine(fp8, VLLM_RMSQ_BACKEND="off"),
-    }
-    memory = {side: engine.ask("memory") for side, engine in engines.items()}
+    sides = {"plugin": (fp8, "auto"), "bf16": (bf16, "off"), "stock": (fp8, "off")}
     rows = []
-    for batch in batches:
-        speeds: dict[str, list[float]] = {side: [] for side in engines}
-        for turn in range(max(ROUNDS.values()) + 1):
-            for side, engine in engines.items():
-                if turn > ROUNDS[side]:
-                    continue
-                seconds = engine.ask("generate", batch, tokens[side])
-                if turn:  # the first warms up
-                    speeds[side].append(batch * tokens[side] / seconds)
-        medians = {side: statistics.median(values) for side, values in speeds.items()}
-        row: dict[str, object] = {"model": name, "batch": batch}
-        row |= {f"{side} tok/s": speed for side, speed in medians.items()}
-        row |= {f"plugin / {side}": medians["plugin"] / medians[side] for side in ("bf16", "stock")}
-        rows.append(row)
-        print(row, flush=True)
-    for engine in engines.values():
-        engine.close()
+    with contextlib.ExitStack() as stack:
+        servers = {
+            side: stack.enter_context(contextlib.closing(Server(checkpoint, VLLM_RMSQ_BACKEND=backend)))
+            for side, (checkpoint, backend) in sides.items()
+        }
+        memory = {side: (server.resident(), server.weights) for side, server in servers.items()}
+        for batch in batches:
+            speeds: dict[str, list[float]] = {side: [] for side in servers}
+            for server in servers.values():
+                await server.generate(batch, 2)  # warms up
+            for turn in range(max(ROUNDS.values())):
+                for side, server in servers.items():
+                    if turn < ROUNDS[side]:
+                        speeds[side].append(await server.decode(batch, tokens[side]))
+            medians = {side: statistics.median(values) for side, values in speeds.items()}
+            row: dict[str, object] = {"model": name, "batch": batch}
+            row |= {f"{side} tok/s": speed for side, speed in medians.items()}
+            row |= {f"plugin / {side}": medians["plugin"] / medians[side] for side in ("bf16", "stock")}
+            rows.append(row)
+            print(row, flush=True)
     return rows, memory
 
 
@@ -187,22 +187,22 @@ def plot(rows: list[dict[str, object]]) -> None:
         axis.set(title=name, xlabel="sequences at once", ylabel="tokens/s")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
-    figure.suptitle(f"Generation in vLLM — {common.machine()}", fontsize=10)
+    figure.suptitle(f"Decoding in vllm serve — {common.machine()}", fontsize=10)
     figure.savefig(common.RESULTS / "end_to_end.png", dpi=120)
 
 
-def main() -> None:
+async def main() -> None:
     print(common.machine())
-    small = measure("SmolLM2-135M", smollm2.bf16(CACHE), smollm2.fp8(CACHE))
-    large = measure("Llama-1.1B", *llama())
+    small = await measure("SmolLM2-135M", smollm2.bf16(CACHE), smollm2.fp8(CACHE))
+    large = await measure("Llama-1.1B", *llama())
     common.report("end_to_end", small[0] + large[0])
     plot(small[0] + large[0])
-    empty = {side: memory["resident"] - memory["weights"] for side, memory in small[1].items()}
     print("\nLlama-1.1B, resident memory in MB: worker, worker without weights, difference, weights")
-    for side, memory in large[1].items():
-        numbers = memory["resident"], empty[side], memory["resident"] - empty[side], memory["weights"]
+    for side, (resident, weights) in large[1].items():
+        empty = small[1][side][0] - small[1][side][1]
+        numbers = resident, empty, resident - empty, weights
         print(f"{LABELS[side]:>18}", *(f"{number / 1e6:8.0f}" for number in numbers))
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())
