@@ -1,6 +1,6 @@
 """Builds the native CPU kernels; everything else about the package is in pyproject.toml.
 
-The kernels use torch's stable C++ interface: headers of any torch >= 2.10 build a library that every such
+The kernels use torch's stable C++ interface: headers of any torch >= 2.11 build a library that every such
 torch loads. torch is not a build requirement, so that installing this package never replaces the torch
 that vLLM came with: its headers are looked for in the environment installed into. Without them, without a
 compiler, or when compiling fails, the package installs all the same, and
@@ -34,8 +34,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     LEVELS["avx512_bf16"] = [*LEVELS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
 
-MINIMUM_TORCH = (2, 10)
-TORCH_TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
+MINIMUM_TORCH = (2, 11)
+TORCH_TARGET = ("TORCH_TARGET_VERSION", "0x020b000000000000")
 """The stable interface as of that version (torch/csrc/stable/version.h)."""
 
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"

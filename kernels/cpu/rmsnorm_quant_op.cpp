@@ -11,6 +11,7 @@
 #include <optional>
 #include <tuple>
 
+#include "large_blocks.h"
 #include "torch_op.h"
 
 namespace {
@@ -112,6 +113,19 @@ Buffer to_lane_order(const char* weight, rmsq::Dtype dtype, int64_t width, rmsq:
     return lanes;
 }
 
+// A new contiguous CPU tensor, uninitialized.
+Tensor new_output(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype, int64_t element_size) {
+    const int64_t dim = static_cast<int64_t>(sizes.size());
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * sizes[d + 1];
+    const int64_t bytes = sizes[0] * strides[0] * element_size;
+    if (bytes < rmsq::LargeBlocks::kFrom) return rmsq::empty(sizes.data(), dim, static_cast<int32_t>(dtype));
+    return torch::stable::from_blob(
+        rmsq::LargeBlocks::instance().take(bytes), sizes, strides,
+        torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+        [bytes](void* memory) { rmsq::LargeBlocks::instance().give_back(memory, bytes); });
+}
+
 void check_number(const char* name, double number) {
     if (!(number >= 0) || std::isinf(number)) {
         rmsq::raise_value_error(name, ": expected a finite number >= 0, got ", number);
@@ -164,11 +178,11 @@ Tensor run(
 
     std::vector<int64_t> out_sizes(sizes.begin(), sizes.end());
     if (residual) {
-        *residual_out = rmsq::empty(out_sizes.data(), dim, torch_dtype(hidden));
+        *residual_out = new_output(out_sizes, hidden.scalar_type(), static_cast<int64_t>(hidden.element_size()));
         work.residual_out = static_cast<char*>((*residual_out)->data_ptr());
     }
     if (!static_scale) out_sizes.back() += kScaleBytes;
-    Tensor out = rmsq::empty(out_sizes.data(), dim, aoti_torch_dtype_uint8());
+    Tensor out = new_output(out_sizes, torch::headeronly::ScalarType::Byte, 1);
     const int64_t rows = hidden.numel() / work.width;
     if (rows == 0) return out;
     work.out = static_cast<uint8_t*>(out.data_ptr());

@@ -19,7 +19,7 @@ LIBRARY = Path(__file__).parents[1] / "_cpu_kernels.so"
 REASON = LIBRARY.with_suffix(".txt")
 """Written by the build where it could not make the library."""
 
-REMEDY = "reinstall with pip install --no-build-isolation beside torch >= 2.10 and a C++17 compiler"
+REMEDY = "reinstall with pip install --no-build-isolation beside torch >= 2.11 and a C++17 compiler"
 
 
 @functools.cache

@@ -195,6 +195,28 @@ def test_no_rows(shape):
     assert got.shape == (*shape[:-1], 20) and residual_out.shape == shape
 
 
+def test_large_outputs_are_their_own_and_their_memory_is_used_again():
+    hidden = randn(1025, 8192, dtype=torch.float32)  # 33.6 MB; from 32 MiB on memory is kept
+    residual = hidden.flip(0).contiguous()
+    sums = hidden + residual
+    first, first_out = run(hidden, residual=residual)
+    second, second_out = run(hidden, residual=residual)
+    third, third_out = run(-hidden, residual=residual)
+    assert first_out.data_ptr() != second_out.data_ptr() != third_out.data_ptr()
+    assert torch.equal(first_out, sums) and torch.equal(second_out, sums)
+    assert torch.equal(third_out, residual - hidden)
+    assert torch.equal(first, second) and not torch.equal(first, third)
+    freed, row = second_out.data_ptr(), second_out[7]
+    del second_out
+    fourth, fourth_out = run(hidden, residual=residual)
+    assert fourth_out.data_ptr() != freed  # a view still holds it
+    del row
+    fifth, fifth_out = run(-hidden, residual=residual)
+    assert fifth_out.data_ptr() == freed
+    assert torch.equal(fourth_out, sums) and torch.equal(fifth_out, third_out)
+    assert torch.equal(fourth, first) and torch.equal(fifth, third)
+
+
 def test_rows_that_overlap_and_memory_that_is_not_aligned():
     row = randn(1, 100)
     assert torch.equal(run(row.expand(5, 100)), run(row.repeat(5, 1)))
