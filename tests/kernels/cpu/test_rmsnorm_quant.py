@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
+from fractions import Fraction
 
 import oracle
 import pytest
@@ -193,6 +195,28 @@ def test_no_rows(shape):
     hidden = torch.empty(shape, dtype=torch.bfloat16)
     got, residual_out = run(hidden, randn(16), residual=hidden)
     assert got.shape == (*shape[:-1], 20) and residual_out.shape == shape
+
+
+def test_a_tie_between_two_codes_goes_to_the_even_one():
+    """Against exact arithmetic, on whole numbers, which fall on ties often."""
+    values = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).tolist()
+    grid = [Fraction(value) for value in values if value <= 240]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(grid)]
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.arange(1, 256)[:, None]  # each with a quotient R / peak of its own
+    hidden = (largest * (2 * torch.rand(255, 256, generator=generator) - 1)).round().bfloat16()
+    codes, _ = packed.unpack(run(hidden))
+    ties = 0
+    for row, got in zip(hidden.tolist(), codes.tolist(), strict=True):
+        peak = max(map(abs, row))
+        for number, code in zip(row, got, strict=True):
+            quotient = Fraction(abs(number)) * 240 / Fraction(peak)
+            expected = bisect.bisect_left(middles, quotient)  # how many middles lie below it
+            if expected < len(middles) and middles[expected] == quotient:
+                ties += 1
+                expected += expected % 2
+            assert code & 0x7F == expected, (number, peak)
+    assert ties > 200
 
 
 def test_large_outputs_are_their_own_and_their_memory_is_used_again():
