@@ -5,13 +5,13 @@
 // call, up to kKeptBytes of them. (Smaller blocks malloc keeps by itself.)
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
 #include <vector>
+
+#include "huge_pages.h"
 
 namespace rmsq {
 
@@ -27,7 +27,7 @@ class LargeBlocks {
 
     // Memory of at least `bytes`, aligned to 2 MiB, its contents arbitrary.
     void* take(int64_t bytes) {
-        const int64_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+        const int64_t size = block_size(bytes);
         const std::lock_guard<std::mutex> lock(mutex_);
         for (size_t i = free_.size(); i-- > 0;) {
             if (free_[i].size != size) continue;
@@ -37,16 +37,14 @@ class LargeBlocks {
         }
         void* const memory = std::aligned_alloc(kHugePage, static_cast<size_t>(size));
         if (!memory) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-        madvise(memory, static_cast<size_t>(size), MADV_HUGEPAGE);  // a wish: failing is no error
-#endif
+        ask_for_huge_pages(memory, size);
         return memory;
     }
 
     // Keep what take(bytes) returned for later; free the longest unused beyond kKeptBytes.
     void give_back(void* memory, int64_t bytes) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        free_.push_back({memory, (bytes + kHugePage - 1) / kHugePage * kHugePage});
+        free_.push_back({memory, block_size(bytes)});
         int64_t kept = 0;
         for (const Block& block : free_) kept += block.size;
         while (kept > kKeptBytes) {
@@ -59,6 +57,8 @@ class LargeBlocks {
    private:
     static constexpr int64_t kHugePage = 2 << 20;
     static constexpr int64_t kKeptBytes = 256 << 20;
+
+    static int64_t block_size(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
     struct Block {
         void* memory;

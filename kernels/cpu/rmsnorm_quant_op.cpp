@@ -116,12 +116,11 @@ Buffer to_lane_order(const char* weight, rmsq::Dtype dtype, int64_t width, rmsq:
 // A new contiguous CPU tensor, uninitialized.
 Tensor new_output(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype, int64_t element_size) {
     const int64_t dim = static_cast<int64_t>(sizes.size());
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * sizes[d + 1];
-    const int64_t bytes = sizes[0] * strides[0] * element_size;
+    int64_t bytes = element_size;
+    for (const int64_t size : sizes) bytes *= size;
     if (bytes < rmsq::LargeBlocks::kFrom) return rmsq::empty(sizes.data(), dim, static_cast<int32_t>(dtype));
     return torch::stable::from_blob(
-        rmsq::LargeBlocks::instance().take(bytes), sizes, strides,
+        rmsq::LargeBlocks::instance().take(bytes), sizes, rmsq::contiguous_strides(sizes.data(), dim),
         torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
         [bytes](void* memory) { rmsq::LargeBlocks::instance().give_back(memory, bytes); });
 }

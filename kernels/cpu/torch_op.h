@@ -5,15 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "huge_pages.h"
 
 namespace rmsq {
 
@@ -45,24 +44,23 @@ inline std::string shape_text(const Tensor& tensor) {
 // 4 KiB, which takes longer than the kernels' work: ask for huge pages, as torch does with THP_MEM_ALLOC_ENABLE.
 constexpr int64_t kHugePagesFrom = 4 << 20;
 
+// Those of a contiguous tensor.
+inline std::vector<int64_t> contiguous_strides(const int64_t* sizes, int64_t dim) {
+    std::vector<int64_t> strides(dim, 1);
+    for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * (sizes[d + 1] > 0 ? sizes[d + 1] : 1);
+    return strides;
+}
+
 // A new contiguous CPU tensor, uninitialized. (torch::stable::empty goes through the dispatcher by name, which
 // takes longer than a whole row's work.)
 inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
-    std::vector<int64_t> strides(dim, 1);
-    for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * (sizes[d + 1] > 0 ? sizes[d + 1] : 1);
+    const std::vector<int64_t> strides = contiguous_strides(sizes, dim);
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dim, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
     Tensor tensor(handle);
-#if defined(MADV_HUGEPAGE)
     const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-    if (bytes >= kHugePagesFrom) {
-        const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-        const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
-        const uintptr_t end = reinterpret_cast<uintptr_t>(tensor.data_ptr()) + static_cast<uintptr_t>(bytes);
-        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failing is no error
-    }
-#endif
+    if (bytes >= kHugePagesFrom) ask_for_huge_pages(tensor.data_ptr(), bytes);
     return tensor;
 }
 
