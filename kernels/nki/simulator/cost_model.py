@@ -1,8 +1,8 @@
 """A cost MODEL of a kernel run: what it issues, priced with published figures (``hardware.py``).
 
-Busy time only: cycles of each engine summed over its instructions, as if nothing ever waited for
-anything else. The busiest engine is a floor of the latency, not a prediction of it: dependencies between
-engines, semaphores, DMA start-up (about 1.3 us each, overlappable) and short DMA runs come on top.
+Two figures come of it. The schedule (``schedule.py``) has each engine run its instructions in program order
+and wait for what they depend on: ``CostReport.scheduled_us``. The floor is the busy time of the busiest
+engine, as if nothing ever waited: ``CostReport.time_us``, which no schedule of the program can beat.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 
 from . import hardware
 from . import machine as _machine
+from .errors import kernel_line
 from .hardware import ACCUMULATOR_READ, MIN_CYCLES, VECTOR_RECIPROCAL
+from .hazards import Region
+from .schedule import DMA_IN, DMA_OUT, Program, Schedule, schedule
 
 if TYPE_CHECKING:
     from .tensor import NkiTensor
@@ -169,6 +172,10 @@ class Recorder:
     short_run_bytes: int = 0
     hbm_bytes: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
+    program: Program = field(default_factory=Program)
+    reads: list[Region] = field(default_factory=list)
+    writes: list[Region] = field(default_factory=list)
+    _schedules: dict[tuple[bool, bool], Schedule] = field(default_factory=dict)
 
     def issue(self, name: str, engine: str, busy: float, tiles: list[NkiTensor], careful: float) -> None:
         """An instruction of a compute engine: `busy` cycles, `careful` under the slower reading."""
@@ -180,6 +187,9 @@ class Recorder:
             self.careful_vector_us += careful / hardware.CLOCK_GHZ["VectorE"] / 1e3
         self.instructions[ENGINES[engine], name] += 1
         self.bytes["on-chip"] += sum(t.nbytes for t in tiles)
+        clock = hardware.CLOCK_GHZ[ENGINES[engine]] * 1e3
+        shared_port = engine == "gpsimd" or (engine == "vector" and _fast_mode(name, tiles))
+        self._add(name, ENGINES[engine], busy / clock, careful / clock, shared_port)
 
     def dma(self, name: str, dst: NkiTensor, sources: list[NkiTensor], share: float) -> None:
         """A DMA: its bytes are the larger of what it reads and what it writes."""
@@ -193,6 +203,21 @@ class Recorder:
         self.hbm_bytes += sum(t.nbytes for t in (dst, *sources) if not t.on_chip)
         if min(_run_bytes(t) for t in (dst, *sources)) < hardware.DMA_GOOD_RUN_BYTES:
             self.short_run_bytes += moved
+        small = max(1.0, hardware.DMA_SMALL_RUN_BYTES / min(_run_bytes(t) for t in (dst, *sources)))
+        us = moved * small / (hardware.DMA_ENGINES * hardware.DMA_BYTES_PER_NS * share) / 1e3
+        self._add(name, DMA_IN if dst.on_chip else DMA_OUT, us, us, False)
+
+    def _add(self, name: str, engine: str, us: float, careful_us: float, shared_port: bool) -> None:
+        """Close an instruction: what was read and written since the last one is its doing."""
+        self.program.add(name, engine, us, careful_us, shared_port, self.reads, self.writes, kernel_line())
+        self.reads, self.writes = [], []
+
+    def schedule(self, careful: bool = False, reorder: bool = False) -> Schedule:
+        """When each instruction would run (``schedule.py``), computed once for each way to ask."""
+        key = (careful, reorder)
+        if key not in self._schedules:
+            self._schedules[key] = schedule(self.program, *key)
+        return self._schedules[key]
 
     @property
     def bound(self) -> str:
@@ -205,6 +230,14 @@ class Recorder:
         return self.engines[self.bound].time_us if self.engines else 0.0
 
 
+def _fast_mode(name: str, tiles: list[NkiTensor]) -> bool:
+    """Whether VectorE runs `name` in a mode faster than NeuronCore-v2's, which takes GpSimdE's port too."""
+    streamed = [t for t in tiles if t.free_size > 1]
+    return (
+        name in ("tensor_copy", "tensor_scalar", "tensor_tensor") and bool(streamed) and _all(streamed, _HALF)
+    )
+
+
 def _side(t: NkiTensor) -> str:
     return "SBUF" if t.on_chip else "HBM"
 
@@ -215,6 +248,20 @@ class CostReport:
     def __init__(self, programs: list[Recorder]) -> None:
         self.programs = programs
         self.worst = max(programs, key=lambda p: p.time_us)
+
+    def schedule(self, careful: bool = False, reorder: bool = False) -> Schedule:
+        """The schedule of the program that takes longest (see :func:`schedule.schedule`)."""
+        return max((p.schedule(careful, reorder) for p in self.programs), key=lambda s: s.us)
+
+    @property
+    def scheduled_us(self) -> float:
+        """Scheduled time in microseconds."""
+        return self.schedule().us
+
+    @property
+    def careful_us(self) -> float:
+        """The same under the slower reading of VectorE's 16-bit modes."""
+        return self.schedule(careful=True).us
 
     @property
     def bound(self) -> str:
@@ -255,6 +302,10 @@ class CostReport:
         lines = [
             "MODEL from published clock rates and bandwidths (Trainium2), not a measurement",
             f"programs: {count}; below, the slowest of them" if count > 1 else "programs: 1",
+            f"scheduled: {self.scheduled_us:.1f} us; {self.careful_us:.1f} us under the careful reading of "
+            "VectorE's 16-bit modes",
+            str(self.schedule()),
+            "busy time of each engine, as if nothing waited:",
             f"{'engine':10}{'instructions':>14}{'busy cycles':>16}{'busy time':>14}",
         ]
         for name in (*ENGINES.values(), "DMA"):

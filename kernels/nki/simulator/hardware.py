@@ -94,3 +94,15 @@ DMA_TRANSPOSE_FROM_HBM = 0.9  # [T2] share of the DMA bandwidth a transpose reac
 DMA_TRANSPOSE_ON_CHIP = 0.5  # [T2] the same, SBUF to SBUF
 DMA_GOOD_RUN_BYTES = 2048  # [DMA] contiguous bytes from which on bandwidth approaches its peak
 HBM_BYTES_PER_NS = 3000.0 / 8  # [T2] 3 TB/s of a device shared by its 8 NeuronCores
+
+# What the schedule adds (schedule.py).
+PIPELINE_CYCLES = 60  # from the last cycle of an instruction's work to its result; of its engine's clock
+SEMAPHORE_US = 0.06  # from one engine's result to another's start
+DMA_LATENCY_US = 2.0  # [DMA] from a transfer's last byte to its result
+DMA_SMALL_RUN_BYTES = 512  # [DMA] contiguous pieces below are charged as this many bytes
+LAUNCH_US = 0.0  # before the first instruction
+
+
+def pipeline_us(engine: str) -> float:
+    """From the last cycle of an instruction's work on `engine` to its result, in microseconds."""
+    return PIPELINE_CYCLES / CLOCK_GHZ[engine] / 1e3

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import hardware
 from .errors import NkiSimulationError, fail, kernel_line
+from .hazards import Places
 
 
 class Pool:
@@ -23,17 +24,18 @@ class Pool:
         self.used = 0  # of tensors placed by the compiler
         self.peak = 0
         self.peak_at = ""
-        self._live: dict[int, tuple[int, str]] = {}
+        self._live: dict[int, tuple[int, str, int]] = {}
+        self._places = Places()
 
-    def take(self, key: int, nbytes: int, label: str) -> None:
-        """Count `nbytes` per partition for tensor `key`; error when the memory is full."""
+    def take(self, key: int, nbytes: int, label: str) -> int:
+        """Count `nbytes` per partition for tensor `key`, and place it; error when the memory is full."""
         nbytes = -(-nbytes // self.unit) * self.unit
         if self.reserved + self.used + nbytes > self.capacity:
             gc.collect()  # tensors in reference cycles are dead too
         total = self.reserved + self.used + nbytes
         if total > self.capacity:
             largest = sorted(self._live.values(), reverse=True)[:4]
-            held = "; ".join(f"{size} B {what}" for size, what in largest)
+            held = "; ".join(f"{size} B {what}" for size, what, _ in largest)
             fail(
                 "nki.language.ndarray",
                 label,
@@ -41,13 +43,16 @@ class Pool:
                 f"{total} B ({nbytes} B more on top of {total - nbytes} B: {held})",
             )
         self.used += nbytes
-        self._live[key] = (nbytes, label)
+        place = self._places.take(nbytes, self.capacity - self.reserved)
+        self._live[key] = (nbytes, label, place)
         self._note()
+        return place
 
     def give(self, key: int) -> None:
         """The tensor `key` is gone."""
-        nbytes, _ = self._live.pop(key, (0, ""))
+        nbytes, _, place = self._live.pop(key)
         self.used -= nbytes
+        self._places.give(place)
 
     def reserve(self, end: int) -> None:
         """An explicit address ending at byte `end` of the partition is in use from now on."""

@@ -6,6 +6,7 @@ tensor placed by address inside the arena, which is all of SBUF or PSUM). An HBM
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import machine as _machine
 from .errors import fail
 
 Strides = tuple[int, ...]
+_serial = itertools.count()
 
 
 class Memory:
@@ -136,10 +138,12 @@ class Storage:
         self.base = 0
         self.address: tuple[int, int] | None = None
         self._pool: Any = None
+        # For the schedule: which HBM tensor this is, or the byte of the partition where it lies on chip.
+        self.place = 0 if self.on_chip else next(_serial)
 
     def counted_in(self, pool: Any) -> Storage:
         """Count this storage in `pool` until it is garbage."""
-        pool.take(id(self), self.row, self.label)
+        self.place = pool.take(id(self), self.row, self.label)
         self._pool = pool
         return self
 
@@ -147,6 +151,7 @@ class Storage:
         """Put this storage at ``(partition, byte)`` of `arena`."""
         self.memory, self.address, self.pitch = arena.memory, address, arena.pitch
         self.base = address[0] * arena.pitch + address[1]
+        self.place = address[1]
         self._arena, self._token = arena, arena.register(self.label)
         return self
 

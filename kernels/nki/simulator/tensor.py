@@ -16,6 +16,7 @@ from . import dtypes
 from . import machine as _machine
 from .errors import fail
 from .hardware import VIEW_DIMS
+from .hazards import Region
 from .memory import Hazard, Storage, Where
 
 
@@ -454,21 +455,26 @@ class NkiTensor(NKIObject):
                 f"{self!r} as it was written",
                 f"bytes that {other}, placed over it, wrote",
             )
+        here = _machine.current()
         try:
-            memory.note_read(where, _machine.current().program)
+            memory.note_read(where, here.program)
         except Hazard as hazard:
             fail(instruction, operand, "no race on shared HBM", hazard)
+        if here.cost is not None:
+            here.cost.reads.append(Region(self))
         return self.array()
 
     def write(self, instruction: str, operand: str, values: np.ndarray) -> None:
         """Put `values`, already of this dtype (or one of it for all), into the elements."""
         if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
             fail(instruction, operand, "a destination without a broadcast dimension", self.get_pattern())
-        where, memory = self.where(), self.storage.memory
+        where, memory, here = self.where(), self.storage.memory, _machine.current()
         try:
-            memory.note_write(where, _machine.current().program)
+            memory.note_write(where, here.program)
         except Hazard as hazard:
             fail(instruction, operand, "no race on shared HBM", hazard)
+        if here.cost is not None:
+            here.cost.writes.append(Region(self))
         self.storage.claim(where)
         target = self.array()
         target[...] = values.reshape(target.shape) if values.ndim else values

@@ -1,0 +1,203 @@
+"""The scheduler on kernels small enough to schedule by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_neuron_rmsq.kernels.nki.simulator import cost, hardware, nki
+from vllm_neuron_rmsq.kernels.nki.simulator.nki import isa as nisa
+from vllm_neuron_rmsq.kernels.nki.simulator.nki import language as nl
+
+N = 960  # elements per lane: 1 us on VectorE at one a cycle, 0.8 us on ScalarE
+V, S = 1.0, 0.8
+SEMAPHORE = hardware.SEMAPHORE_US
+LAUNCH = hardware.LAUNCH_US
+
+
+def pipe(engine):
+    return hardware.pipeline_us(engine)
+
+
+def tile(dtype=nl.float32, n=N):
+    return nl.ndarray((128, n), dtype=dtype, buffer=nl.sbuf)
+
+
+@nki.jit
+def call(body, x, y):
+    """A kernel that does what `body` says with two tensors in HBM."""
+    body(x, y)
+
+
+ZEROS = np.zeros((2, 128, 4096), np.float32)
+
+
+def steps(body, **options):
+    """The schedule of `body`."""
+    return cost(call)(body, *ZEROS).schedule(**options)
+
+
+def starts(schedule):
+    return [step.start - LAUNCH for step in schedule.steps]
+
+
+def vector(dst, src):
+    nisa.tensor_copy(dst, src, engine=nisa.engine.vector)
+
+
+def scalar(dst, src):
+    nisa.tensor_copy(dst, src, engine=nisa.engine.scalar)
+
+
+def filled(dtype=nl.float32, n=N):
+    t = tile(dtype, n)
+    nisa.memset(t, 1.0)
+    return t
+
+
+def test_an_engine_runs_one_instruction_after_another():
+    """No dependency: back to back, without the pipeline."""
+
+    def body(x, y):
+        filled()
+        filled()
+
+    assert starts(steps(body)) == pytest.approx([0, V])
+
+
+def test_read_after_write_waits_for_the_pipeline_and_between_engines_for_a_semaphore():
+    def body(x, y):
+        a = filled()  # VectorE, 0
+        vector(tile(), a)  # VectorE: the pipeline's latency later
+        scalar(tile(), a)  # ScalarE: and a semaphore
+
+    schedule = steps(body)
+    assert starts(schedule) == pytest.approx([0, V + pipe("VectorE"), V + pipe("VectorE") + SEMAPHORE])
+    assert [s.instruction.depends for s in schedule.steps] == [{}, {0: "RAW"}, {0: "RAW"}]
+    assert schedule.us - LAUNCH == pytest.approx(2 * V + 2 * pipe("VectorE"))
+
+
+def test_write_after_read_and_write_after_write():
+    def body(x, y):
+        a, b = filled(), tile()
+        scalar(b, a)  # 1: reads a, writes b
+        nisa.memset(a, 2.0)  # 2: VectorE may not overwrite a before ScalarE has read it
+        nisa.memset(b, 3.0)  # 3: nor b before ScalarE has written it; 2 is through by then
+
+    schedule = steps(body)
+    second = V + pipe("VectorE") + SEMAPHORE
+    third = second + S + pipe("ScalarE") + SEMAPHORE
+    assert starts(schedule) == pytest.approx([0, second, third, third + V])
+    assert schedule.steps[2].instruction.depends == {0: "WAW", 1: "WAR"}
+    assert schedule.steps[3].instruction.depends == {1: "WAW"}
+
+
+def test_bytes_not_tensors_decide():
+    """Other columns, other partitions and the other half of interleaved elements are no dependency."""
+
+    def body(x, y):
+        a = filled()
+        scalar(a[:, 0 : N // 2], a[:, 0 : N // 2])  # 1
+        nisa.memset(a[:, N // 2 : N], 2.0)  # 2
+        nisa.memset(a[64:128, 0 : N // 2], 2.0)  # 3: overlaps
+        b = filled()  # 4
+        scalar(b[:, 0:N:2], b[:, 0:N:2])  # 5
+        nisa.memset(b[:, 1:N:2], 2.0)  # 6
+        scalar(b[0:64, :], b[0:64, :])  # 7
+        nisa.memset(b[64:128, :], 2.0)  # 8
+
+    depends = [s.instruction.depends for s in steps(body).steps]
+    assert 1 not in depends[2] and depends[3][1] == "WAR"
+    assert 5 not in depends[6]
+    assert 5 in depends[7] and depends[7][6] == "RAW"
+    assert 7 not in depends[8]
+
+
+def test_a_tensor_at_a_dead_ones_address_waits_for_its_readers():
+    """SBUF is reused: next fit, so only once the addresses have come round."""
+    size = hardware.TARGETS["trn2"].sbuf_bytes // 2 // 4
+
+    def body(x, y):
+        for _ in range(3):
+            t = tile(n=size)
+            nisa.memset(t, 1.0)
+            scalar(t, t)
+            del t
+
+    depends = [s.instruction.depends for s in steps(body).steps]
+    assert depends[2] == {} and depends[4] == {1: "WAR"}
+
+
+def test_an_engine_in_order_stalls_behind_a_waiting_instruction():
+    """ScalarE waits for VectorE with work at hand; free to reorder, it would do that first."""
+
+    def body(x, y):
+        a, b = filled(), tile()  # VectorE 0
+        vector(b, a)  # VectorE 1
+        scalar(tile(), b)  # ScalarE, waits for both
+        scalar(tile(), a)  # ScalarE, could run after the first
+
+    first = V + pipe("VectorE")
+    schedule = steps(body)
+    late = first + V + pipe("VectorE") + SEMAPHORE
+    assert starts(schedule) == pytest.approx([0, first, late, late + S])
+    assert schedule.engines["ScalarE"].waits == pytest.approx({"VectorE": late})
+    assert starts(steps(body, reorder=True)) == pytest.approx([0, first, late, first + SEMAPHORE])
+
+
+def test_queues_share_the_bandwidth_and_have_a_latency():
+    rows, columns = 128, 4096
+    us = rows * columns * 4 / (16 * 23.0) / 1e3
+
+    def body(x, y):
+        a = tile(n=columns)
+        nisa.dma_copy(dst=a, src=x)  # in: alone
+        b = tile(n=columns)
+        nisa.dma_copy(dst=b, src=x)  # in: after the first's bytes, not after its latency
+        nisa.dma_copy(dst=y, src=a)  # out: after the first's latency, sharing with the second
+
+    schedule = steps(body)
+    out = us + hardware.DMA_LATENCY_US + SEMAPHORE
+    assert starts(schedule) == pytest.approx([0, us, out])
+    left = 2 * us - out  # what the second still needs when the third starts; then each has half
+    assert left > 0
+    assert schedule.steps[1].end - LAUNCH == pytest.approx(out + 2 * left)
+    assert schedule.steps[2].end - LAUNCH == pytest.approx(3 * us)
+    assert schedule.us == pytest.approx(schedule.steps[2].end + hardware.DMA_LATENCY_US)
+
+
+def test_small_pieces_are_charged_as_larger_ones():
+    def body(x, y):
+        nisa.dma_copy(dst=nl.ndarray((128, 1), dtype=nl.float32, buffer=nl.sbuf), src=x[:, 0:1])
+
+    report = steps(body)
+    step = report.steps[0]
+    assert step.end - step.start == pytest.approx(128 * 512 / (16 * 23.0) / 1e3)
+
+
+def test_fast_modes_of_vectore_and_gpsimde_exclude_each_other():
+    def body(dtype):
+        a, b = filled(dtype), filled(dtype)
+        nisa.memset(tile(n=3 * N), 1.0, engine=nisa.engine.gpsimd)
+        vector(b, a)
+        nisa.memset(tile(), 1.0, engine=nisa.engine.gpsimd)
+
+    slow = steps(lambda x, y: body(nl.float32))
+    fast = steps(lambda x, y: body(nl.bfloat16))
+    gpsimd = (150 + 3 * N) / 1.2e3
+    assert gpsimd > 2 * V
+    assert starts(slow) == pytest.approx([0, V, 0, 2 * V, gpsimd])
+    # When the first of GpSimdE ends, VectorE has waited for longer than the second: its turn.
+    assert starts(fast) == pytest.approx([0, V, 0, gpsimd, gpsimd + V / 4])
+    assert fast.engines["VectorE"].waits == pytest.approx({"GpSimdE": gpsimd - 2 * V})
+    assert fast.engines["GpSimdE"].waits == pytest.approx({"VectorE": V / 4})
+
+
+def test_both_readings_of_the_16_bit_modes():
+    def body(x, y):
+        a, b = filled(nl.float16), filled(nl.float16)
+        nisa.tensor_tensor(b, a, b, nl.multiply)
+
+    first, careful = steps(body), steps(body, careful=True)
+    assert [s.steps[2].end - s.steps[2].start for s in (first, careful)] == pytest.approx([V / 2, V])
+    assert careful.us - first.us == pytest.approx(V / 2)
