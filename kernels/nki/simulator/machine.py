@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from . import hardware
@@ -74,6 +75,14 @@ class Pool:
             self.peak_at = kernel_line()
 
 
+@dataclass
+class Instruction:
+    """An instruction that runs: its name in messages, and its engine (``dma`` for a DMA)."""
+
+    name: str
+    engine: str
+
+
 class Machine:
     """One program of the launch grid on one NeuronCore."""
 
@@ -89,6 +98,7 @@ class Machine:
         self.psum = Pool("PSUM", hardware.PSUM_BYTES, hardware.PSUM_BANK_BYTES)
         self.arenas: dict[str, Any] = {}
         self.registers: dict[str, Any] = {}
+        self.instruction = Instruction("a kernel", "none")
         self.shared_allocations = 0
 
 

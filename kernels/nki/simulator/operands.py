@@ -1,4 +1,7 @@
-"""What every instruction does with its operands: check them, read them as numbers, write results back."""
+"""What every instruction does with its operands: check them, read them as numbers, write results back.
+
+All of it is for the instruction that runs (``machine.instruction``): messages name it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from . import dtypes, hardware
+from . import dtypes, errors, hardware
 from . import machine as _machine
-from .errors import check
 from .ops import ACTIVATION, Operator
 from .tensor import NkiTensor, VirtualRegister
 
@@ -17,116 +19,128 @@ ON_CHIP = ("sbuf", "psum")
 DMA_MEMORY = ("sbuf", "private_hbm", "shared_hbm")
 
 
-def tensor(instruction: str, operand: str, value: Any, buffers: Sequence[str]) -> NkiTensor:
+def check(condition: bool, operand: str, expected: str, got: Any) -> None:
+    """Raise NkiSimulationError for `operand` of the running instruction unless `condition` holds."""
+    if not condition:
+        errors.fail(_running(), operand, expected, got)
+
+
+def _running() -> str:
+    return _machine.current().instruction.name
+
+
+def tensor(operand: str, value: Any, buffers: Sequence[str]) -> NkiTensor:
     """`value` as a tensor in one of `buffers`; a run-time scalar index is looked up."""
-    check(isinstance(value, NkiTensor), instruction, operand, "a tensor", type(value).__name__)
-    check(value.buffer in buffers, instruction, operand, f"a tensor in {' or '.join(buffers)}", value)
+    check(isinstance(value, NkiTensor), operand, "a tensor", type(value).__name__)
+    check(value.buffer in buffers, operand, f"a tensor in {' or '.join(buffers)}", value)
     if value.is_indirect() and not value._indirect.vector:
-        return _resolve(instruction, operand, value)
+        return _resolve(operand, value)
     return value
 
 
 def tile(
-    instruction: str,
-    operand: str,
-    value: Any,
-    buffers: Sequence[str] = ON_CHIP,
-    dtype: Sequence[str] | None = None,
-    engine: str = "",
+    operand: str, value: Any, buffers: Sequence[str] = ON_CHIP, dtype: Sequence[str] | None = None
 ) -> NkiTensor:
-    """`value` as a tile an engine can access: buffer, dtype and partitions as the hardware allows."""
-    t = tensor(instruction, operand, value, buffers)
-    check(dtype is None or t.dtype in dtype, instruction, operand, f"dtype {' or '.join(dtype or ())}", t)
-    check(not t.is_indirect(), instruction, operand, "a direct address (per-partition indices: DMA only)", t)
-    check(
-        engine != "gpsimd" or t.buffer != "psum", instruction, operand, "SBUF: GpSimdE cannot access PSUM", t
-    )
+    """`value` as a tile the engine can access: buffer, dtype and partitions as the hardware allows."""
+    t = tensor(operand, value, buffers)
+    check(dtype is None or t.dtype in dtype, operand, f"dtype {' or '.join(dtype or ())}", t)
+    check(not t.is_indirect(), operand, "a direct address (per-partition indices: DMA only)", t)
+    gpsimd = _machine.current().instruction.engine == "gpsimd"
+    check(not gpsimd or t.buffer != "psum", operand, "SBUF: GpSimdE cannot access PSUM", t)
     count, start = t.shape[0], t.start_partition
     starts = (0,) if count > 64 else (0, 64) if count > 32 else (0, 32, 64, 96)
     allowed = f"{count} partitions to start at partition {' or '.join(map(str, starts))}"
-    check(start in starts, instruction, operand, allowed, f"start {start} ({t!r})")
+    check(start in starts, operand, allowed, f"start {start} ({t!r})")
     most, stride = hardware.FREE_ELEMENTS, hardware.FREE_STRIDE
-    check(t.free_size <= most, instruction, operand, f"at most {most} elements per partition", t)
+    check(t.free_size <= most, operand, f"at most {most} elements per partition", t)
     steps = [s for n, s in zip(t.shape[1:], t.strides[1:], strict=True) if n > 1]
-    check(max(steps, default=0) <= stride, instruction, operand, f"strides up to {stride} elements", steps)
+    check(max(steps, default=0) <= stride, operand, f"strides up to {stride} elements", steps)
     return t
 
 
-def _resolve(instruction: str, operand: str, t: NkiTensor) -> NkiTensor:
+def _resolve(operand: str, t: NkiTensor) -> NkiTensor:
     indirect = t._indirect
     assert indirect is not None
     if isinstance(indirect.index, VirtualRegister):
         index = indirect.index.read()
     else:
-        index = int(indirect.index.read(instruction, f"{operand}'s index").reshape(-1)[0])
+        index = int(read(f"{operand}'s index", indirect.index).reshape(-1)[0])
     direct = NkiTensor(
         t.shape, t.dtype, t.storage, t.buffer, t.name,
         strides=t.strides, offset=t.offset + index * indirect.stride, base_shape=t.base_shape,
     )  # fmt: skip
-    check(0 <= index < indirect.extent, instruction, operand, f"an index below {indirect.extent}", index)
-    direct._inside(instruction)
+    check(0 <= index < indirect.extent, operand, f"an index below {indirect.extent}", index)
+    direct._inside(_running())
     return direct
 
 
-def same_partitions(instruction: str, dst: NkiTensor, **others: NkiTensor) -> None:
+def same_partitions(dst: NkiTensor, **others: NkiTensor) -> None:
     """All operands occupy as many partitions as `dst` and hold as many elements in each."""
     for name, t in others.items():
-        check(t.shape[0] == dst.shape[0], instruction, name, f"{dst.shape[0]} partitions, as dst", t)
-        check(t.free_size == dst.free_size, instruction, name, f"{dst.free_size} elements each, as dst", t)
+        check(t.shape[0] == dst.shape[0], name, f"{dst.shape[0]} partitions, as dst", t)
+        check(t.free_size == dst.free_size, name, f"{dst.free_size} elements each, as dst", t)
 
 
-def column(instruction: str, operand: str, value: Any, partitions: int, **rules: Any) -> NkiTensor:
+def column(operand: str, value: Any, partitions: int, **rules: Any) -> NkiTensor:
     """`value` as a ``[partitions, 1]`` tile."""
-    t = tile(instruction, operand, value, **rules)
-    check(t.shape[0] == partitions and t.free_size == 1, instruction, operand, f"shape ({partitions}, 1)", t)
+    t = tile(operand, value, **rules)
+    check(t.shape[0] == partitions and t.free_size == 1, operand, f"shape ({partitions}, 1)", t)
     return t
 
 
-def numbers(instruction: str, operand: str, t: NkiTensor) -> np.ndarray:
+def read(operand: str, t: NkiTensor) -> np.ndarray:
+    """The elements as they are, in the shape of `t`."""
+    return t.read(_running(), operand)
+
+
+def write(dst: NkiTensor, values: np.ndarray, operand: str = "dst") -> None:
+    """Write `values`, already of the dtype of `dst`."""
+    dst.write(_running(), operand, values)
+
+
+def numbers(operand: str, t: NkiTensor) -> np.ndarray:
     """The elements in fp32, ``[partitions, elements]``."""
-    values = dtypes.to_float32(t.read(instruction, operand), t.dtype)
+    values = dtypes.to_float32(read(operand, t), t.dtype)
     return values.reshape(t.shape[0], t.free_size)
 
 
-def bits(instruction: str, operand: str, t: NkiTensor) -> np.ndarray:
+def bits(operand: str, t: NkiTensor) -> np.ndarray:
     """The elements as they are, ``[partitions, elements]``."""
-    return t.read(instruction, operand).reshape(t.shape[0], t.free_size)
+    return read(operand, t).reshape(t.shape[0], t.free_size)
 
 
-def scalar(
-    instruction: str, operand: str, value: Any, partitions: int, dtype: Sequence[str] | None = ("float32",)
-) -> Any:
+def scalar(operand: str, value: Any, partitions: int, dtype: Sequence[str] | None = ("float32",)) -> Any:
     """A constant as fp32, or the ``[partitions, 1]`` column of a tile."""
     if isinstance(value, NkiTensor):
-        return numbers(instruction, operand, column(instruction, operand, value, partitions, dtype=dtype))
+        return numbers(operand, column(operand, value, partitions, dtype=dtype))
     check(
         isinstance(value, (int, float, np.number)) and not isinstance(value, bool),
-        instruction, operand, f"a number or a tile of shape ({partitions}, 1)", value,
+        operand, f"a number or a tile of shape ({partitions}, 1)", value,
     )  # fmt: skip
     return np.float32(value)
 
 
-def put(instruction: str, dst: NkiTensor, values: np.ndarray, operand: str = "dst") -> None:
+def put(dst: NkiTensor, values: np.ndarray, operand: str = "dst") -> None:
     """Write fp32 `values` to `dst`, rounded to its dtype."""
-    dst.write(instruction, operand, dtypes.from_float32(values, dst.dtype))
+    write(dst, dtypes.from_float32(values, dst.dtype), operand)
 
 
-def put_bits(instruction: str, dst: NkiTensor, values: np.ndarray, operand: str = "dst") -> None:
+def put_bits(dst: NkiTensor, values: np.ndarray, operand: str = "dst") -> None:
     """Write `values` to `dst` without a conversion by way of fp32."""
     if values.dtype != dtypes.NUMPY[dst.dtype]:
         values = values.astype(dtypes.NUMPY[dst.dtype])
-    dst.write(instruction, operand, values)
+    write(dst, values, operand)
 
 
-def operator(instruction: str, operand: str, op: Any, *tables: dict[str, Any]) -> str:
+def operator(operand: str, op: Any, *tables: dict[str, Any]) -> str:
     """The name of operator `op`, which one of `tables` must hold."""
     names = sorted(name for table in tables for name in table)
-    check(isinstance(op, Operator), instruction, operand, "an operator of nki.language such as nl.add", op)
+    check(isinstance(op, Operator), operand, "an operator of nki.language such as nl.add", op)
     name = {"max": "maximum", "min": "minimum"}.get(op.__name__, op.__name__)
-    check(name in names, instruction, operand, f"one of {', '.join(names)}", op)
+    check(name in names, operand, f"one of {', '.join(names)}", op)
     here = _machine.current().target
     refused = tables[0] is not ACTIVATION and name in here.refused_operators
-    check(not refused, instruction, operand, f"an operator {here.generation} has (this one: gen4)", op)
+    check(not refused, operand, f"an operator {here.generation} has (this one: gen4)", op)
     return name
 
 
