@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_neuron_rmsq.kernels.nki.packed_fp8_matmul import packed_fp8_matmul_kernel, prepack
+from vllm_neuron_rmsq.kernels.nki.packed_fp8_linear import packed_fp8_linear_kernel, prepack
 from vllm_neuron_rmsq.kernels.nki.rmsnorm_quant import RmsNormQuantKernelArgs, rmsnorm_quant_kernel
 from vllm_neuron_rmsq.kernels.nki.simulator import CostReport, cost
 
@@ -67,7 +67,7 @@ def matmul(rows: int, width: int, features: int) -> CostReport:
     """Cost of the packed matmul."""
     packed = torch.zeros((rows, width + 4), dtype=torch.uint8)
     weight = prepack(torch.zeros((features, width), dtype=torch.uint8))
-    return cost(packed_fp8_matmul_kernel, LNC)(packed, weight, torch.ones(features))
+    return cost(packed_fp8_linear_kernel, LNC)(packed, weight, torch.ones(features))
 
 
 def published_us(rows: int, width: int) -> float:
@@ -125,7 +125,7 @@ def main(
     for rows, width, features in MATMULS:
         report = matmul(rows, width, features)
         lines.append(
-            line("packed_fp8_matmul", f"[{rows}, {width}] x [{features}]", False, report, None, None)
+            line("packed_fp8_linear", f"[{rows}, {width}] x [{features}]", False, report, None, None)
         )
 
     table = Table(

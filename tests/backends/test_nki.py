@@ -15,7 +15,7 @@ import torch
 from vllm_neuron_rmsq import backends, ops, reference, settings
 from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.backends import nki, nki_sim
-from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul, rmsnorm_quant
+from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear, rmsnorm_quant
 from vllm_neuron_rmsq.kernels.nki.simulator import simulate
 
 
@@ -176,7 +176,7 @@ class TestLaunch:
         packed = ops.rms_norm_quant(hidden, weight, backend="nki")
         ops.packed_fp8_linear(packed, torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8), backend="nki")
         kernel, _, arguments = sdk.launched[-1]
-        assert kernel is packed_fp8_matmul.packed_fp8_matmul_kernel
+        assert kernel is packed_fp8_linear.packed_fp8_linear_kernel
         assert set(arguments) == {"packed", "weight", "weight_scale"}
 
     def test_trn3_codes_need_trainium3(self, sdk, monkeypatch):
@@ -230,7 +230,7 @@ class TestSplitting:
         assert codes.shape == (rows, 2)
 
     def test_more_rows_than_the_matmul_kernel_takes(self, sdk):
-        rows = packed_fp8_matmul.MAX_T + 3
+        rows = packed_fp8_linear.MAX_T + 3
         codes = torch.randint(0, 0x70, (rows, 2), dtype=torch.uint8)
         packed = fmt.pack(codes, torch.rand(rows))
         weight = torch.randn(4, 2).to(torch.float8_e4m3fn)

@@ -200,7 +200,7 @@ class Kernels:
             ValueError: on Trainium2, where the weight holds codes beyond ±240, which its FP8 reads as Inf or
             NaN.
         """
-        from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul as source
+        from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 
         if self._platform() == "trn2" and bool(((weight & 0x7F) >= 0x78).any()):
             raise ValueError(
@@ -211,7 +211,7 @@ class Kernels:
 
     def packed_fp8_linear(self, packed, weight, weight_scale, bias, out_features, out_dtype):
         """The matmul op; see :mod:`vllm_neuron_rmsq.backends`."""
-        from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul as source
+        from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
         from vllm_neuron_rmsq.kernels.nki.rmsnorm_quant import DtypeMode
 
         arguments = {"weight": weight, "weight_scale": weight_scale}
@@ -225,7 +225,7 @@ class Kernels:
         parts = _parts(rows.shape[0], source.MAX_T)
         out = [
             self._launch(
-                source.packed_fp8_matmul_kernel, dict(arguments, packed=rows[start:stop].contiguous())
+                source.packed_fp8_linear_kernel, dict(arguments, packed=rows[start:stop].contiguous())
             )
             for start, stop in parts
         ]
@@ -239,7 +239,7 @@ def _parts(rows: int, limit: int) -> list[tuple[int, int]]:
 
 def prepacked_shape(out_features: int, in_features: int) -> tuple[int, int]:
     """Return the shape of a prepacked weight."""
-    from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul as source
+    from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 
     return source.prepacked_shape(out_features, in_features)
 

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from vllm_neuron_rmsq import ops
 from vllm_neuron_rmsq import packed as fmt
-from vllm_neuron_rmsq.kernels.nki import packed_fp8_matmul as source
-from vllm_neuron_rmsq.kernels.nki.packed_fp8_matmul import layout, packed_fp8_matmul_kernel, prepack
+from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
+from vllm_neuron_rmsq.kernels.nki.digest import digest
+from vllm_neuron_rmsq.kernels.nki.packed_fp8_linear import (
+    layout,
+    packed_fp8_linear_bytes_kernel,
+    packed_fp8_linear_kernel,
+    prepack,
+)
 from vllm_neuron_rmsq.kernels.nki.simulator import cost, simulate
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
@@ -130,6 +136,40 @@ def test_a_lost_row_stays_alone(backend):
     assert torch.equal(run[1][good], run[0][good])
 
 
+@pytest.mark.parametrize("ocp", [False, True])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_the_entry_for_graphs_takes_plain_arguments(dtype, ocp, monkeypatch):
+    """Strings and numbers name what the kernel is given as objects; the digest changes nothing."""
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn3" if ocp else "trn2")
+    codes, weight = fp8(9, 300), fp8(20, 300)
+    packed, prepacked, bias = (
+        fmt.pack(codes, torch.rand(9)),
+        prepack(weight.view(torch.uint8)),
+        torch.randn(20),
+    )
+    name = str(dtype).removeprefix("torch.")
+    got = simulate(packed_fp8_linear_bytes_kernel)(
+        packed, prepacked, torch.ones(20), bias, out_dtype=name, ocp=ocp, digest=digest()
+    )
+    mode = source.DtypeMode.OCP if ocp else source.DtypeMode.NON_OCP
+    want = simulate(packed_fp8_linear_kernel)(
+        packed, prepacked, torch.ones(20), bias, source.OUT_DTYPES[name], mode
+    )
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 577), (70, 300), (129, 258), (5, 1)])
+def test_pairs_side_by_side_give_the_same(monkeypatch, rows, width):
+    """The stationary operand as the transpose leaves it: a constant, until hardware has spoken."""
+    codes, weight, scale = fp8(rows, width), fp8(70, width), torch.rand(rows)
+    arguments = fmt.pack(codes, scale), prepack(weight.view(torch.uint8)), torch.rand(70)
+    want = simulate(packed_fp8_linear_kernel)(*arguments)
+    monkeypatch.setattr(source, "DEINTERLEAVE", False)
+    monkeypatch.setattr(source, "LEAST_ROWS", 1)
+    assert torch.equal(simulate(packed_fp8_linear_kernel)(*arguments), want)
+
+
 @given(st.integers(1, 3000), st.integers(1, 20000))
 def test_layout_fits_the_hardware(features, width):
     partitions, chunks, block = layout(features, width)
@@ -138,6 +178,7 @@ def test_layout_fits_the_hardware(features, width):
     assert (chunks - 1) * partitions < pairs <= chunks * partitions
     assert 1 <= block <= min(512, features)
     assert 2 * chunks * block <= source.BLOCK_BYTES
+    assert block % 32 == 0 or block == features
 
 
 @given(st.integers(1, 700), st.integers(1, 600), st.randoms(use_true_random=False))
@@ -156,7 +197,7 @@ def test_prepack_puts_every_code_where_it_says(features, width, random):
 
 def test_weight_is_read_once_for_1024_rows():
     packed, weight = torch.zeros(1024, 2052, dtype=torch.uint8), torch.zeros(1024, 2048, dtype=torch.uint8)
-    report = cost(packed_fp8_matmul_kernel, 2)(packed, prepack(weight), torch.ones(1))
+    report = cost(packed_fp8_linear_kernel, 2)(packed, prepack(weight), torch.ones(1))
     # Weights and a share of the outputs by one program each, rows by both.
     assert report.bytes["HBM->SBUF"] == weight.numel() + 2 * packed.numel() + 2 * 4 * 128
     assert report.bytes["SBUF->HBM"] == 1024 * 1024 * 2
@@ -175,6 +216,7 @@ def test_weight_is_read_once_for_1024_rows():
         ({"weight_scale": torch.ones(9)}, r"weight_scale: expected shape \[10\] or \[1\], got \[9\]"),
         ({"weight_scale": torch.ones(10).half()}, "weight_scale: expected dtype float32, got float16"),
         ({"bias": torch.ones(9)}, r"bias: expected shape \[10\], got \[9\]"),
+        ({"out_dtype": "int8"}, "out_dtype: expected 'bfloat16', 'float16' or 'float32', got 'int8'"),
     ],
 )
 def test_limits(change, message):
@@ -185,4 +227,4 @@ def test_limits(change, message):
         **change,
     }
     with pytest.raises(AssertionError, match=message):
-        simulate(packed_fp8_matmul_kernel)(**arguments)
+        simulate(packed_fp8_linear_bytes_kernel)(**arguments)
