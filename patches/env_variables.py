@@ -14,11 +14,11 @@ import os
 
 from vllm import envs
 
-from vllm_neuron_rmsq.settings import CHOICES, PREFIX
+from vllm_neuron_rmsq.settings import PREFIX, choices
 
 
 def apply() -> None:
     """Add the variables; a second call changes nothing."""
-    for key in CHOICES:
+    for key in choices():
         name = PREFIX + key.upper()
         envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))

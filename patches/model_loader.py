@@ -18,7 +18,7 @@ import functools
 
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_neuron_rmsq import __version__, backends, fusion, settings
+from vllm_neuron_rmsq import __version__, fusion, settings
 
 
 def apply() -> None:
@@ -31,7 +31,6 @@ def apply() -> None:
     def load_model(self, vllm_config, model_config, *args, **kwargs):
         extra = vllm_config.additional_config
         settings.install(settings.Settings.load(additional_config=extra if isinstance(extra, dict) else None))
-        backends.forget()
         model = original(self, vllm_config, model_config, *args, **kwargs)
         report = fusion.bind(model, vllm_config)
         if isinstance(extra, dict):

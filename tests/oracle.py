@@ -50,12 +50,12 @@ class Expected:
     Attributes:
         scale: ``[T, 1]`` float64.
         scaled: ``[T, H]`` float64, ``clip(y / scale, ±R)``, before rounding to codes.
-        residual_out: ``[T, H]`` of hidden's dtype.
+        residual_out: ``[T, H]`` of hidden's dtype; ``None`` for an op that has none.
     """
 
     scale: np.ndarray
     scaled: np.ndarray
-    residual_out: torch.Tensor
+    residual_out: torch.Tensor | None
 
 
 def rms_norm_quant(
@@ -80,6 +80,22 @@ def rms_norm_quant(
         y = y / np.sqrt(np.mean(y**2, axis=1, keepdims=True) + eps) * weight.double().numpy()
     if lower_bound:
         y = np.clip(y, -lower_bound, lower_bound)
+    return _quantized(y, residual_out, static_scale, target)
+
+
+def silu_mul_quant(
+    gate_up: torch.Tensor, *, static_scale: float | None = None, target: str = "trn2"
+) -> Expected:
+    """The contract of SiLU times up in float64, on finite ``gate_up [..., 2 I]``, flattened to ``[T, I]``."""
+    gate, up = np.split(gate_up.double().reshape(-1, gate_up.shape[-1]).numpy(), 2, axis=1)
+    with np.errstate(over="ignore"):  # exp of a gate far below zero: SiLU is 0 there
+        y = gate / (1 + np.exp(-gate)) * up
+    return _quantized(y, None, static_scale, target)
+
+
+def _quantized(
+    y: np.ndarray, residual_out: torch.Tensor | None, static_scale: float | None, target: str
+) -> Expected:
     limit = FP8_MAX[target]
     if static_scale is None:
         peak = np.max(np.abs(y), axis=1, keepdims=True)

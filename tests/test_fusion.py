@@ -181,8 +181,8 @@ def test_misspelt_additional_config_stops_the_start(checkpoint, key, value, mess
 
 
 def test_backend_that_cannot_run_stops_the_start(checkpoint, monkeypatch):
-    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "triton")
-    with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot run here"):
+    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "nki")
+    with pytest.raises(BackendUnavailableError, match="backend 'nki' cannot run here"):
         Loaded(checkpoint("llama"))
 
 

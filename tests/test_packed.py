@@ -95,13 +95,6 @@ def test_a_nan_scale_makes_its_row_nan_and_no_other():
     assert values[1].isnan().all()
 
 
-def test_fp8_max():
-    assert fmt.fp8_max("trn2") == 240
-    assert fmt.fp8_max("trn3") == 448
-    with pytest.raises(ValueError, match="target: expected one of trn2, trn3; got 'trn1'"):
-        fmt.fp8_max("trn1")
-
-
 def test_codes_within_240_mean_the_same_in_both_formats():
     """float8_e4m3 keeps exponent 15 for Inf and NaN: the codes of trn2 must all lie below it."""
     codes = torch.arange(256, dtype=torch.uint8)

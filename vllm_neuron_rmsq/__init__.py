@@ -1,4 +1,4 @@
-"""vLLM plugin: fused RMSNorm + FP8 quantization on AWS Neuron, CPU and CUDA, one packed tensor throughout."""
+"""vLLM plugin: fused RMSNorm + FP8 quantization on AWS Neuron and CPU, one packed tensor throughout."""
 
 __version__ = "0.1.0"
 

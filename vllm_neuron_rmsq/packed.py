@@ -14,9 +14,8 @@ One row of width H takes H + 4 bytes::
 This is the layout NKI Library's ``rmsnorm_quant_kernel`` returns. The tensor is ``torch.uint8``: bytes
 cross every collective and graph boundary, where Trainium2's compiler refuses ``float8_e4m3fn`` outright.
 
-Two targets bound the codes. ``trn2`` keeps them within ±240, so that a byte means the same number in
-``float8_e4m3`` (Neuron; its exponent 15 is Inf/NaN) and in ``float8_e4m3fn`` (everyone else). ``trn3`` uses
-the whole OCP range, ±448. A row that held NaN or Inf has zero codes and a NaN scale.
+How large codes may get is the target's (:mod:`vllm_neuron_rmsq.target`). An invalid row, one that held NaN or
+Inf, has zero codes and a NaN scale.
 """
 
 from __future__ import annotations
@@ -31,34 +30,13 @@ SCALE_BYTES = 4
 SCALE_FLOOR = 1e-6
 """Smallest dequantization scale; what a row of zeros gets."""
 
-FP8_MAX = {"trn2": 240.0, "trn3": 448.0}
-"""Largest magnitude of a code's value, by target."""
-
 NAN_CODE = 0x7F
 """The one byte that is NaN both in float8_e4m3 and in float8_e4m3fn."""
-
-MAX_TRN2_CODE = 0x77
-"""The code of 240, sign bit aside; larger ones are Inf or NaN to Trainium2."""
 
 if sys.byteorder != "little":  # pragma: no cover - no supported platform is big endian
     raise ImportError(
         "vllm_neuron_rmsq.packed: the packed scale is little-endian fp32 and this machine is big endian"
     )
-
-
-def fp8_max(target: str) -> float:
-    """Return the largest code value of ``target``.
-
-    Args:
-        target: ``"trn2"`` (240) or ``"trn3"`` (448).
-
-    Raises:
-        ValueError: ``target`` is neither.
-    """
-    try:
-        return FP8_MAX[target]
-    except KeyError:
-        raise ValueError(f"target: expected one of {', '.join(FP8_MAX)}; got {target!r}") from None
 
 
 def check(packed: torch.Tensor, hidden_size: int | None = None) -> int:

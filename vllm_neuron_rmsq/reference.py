@@ -1,7 +1,8 @@
-"""The numbers: RMSNorm + FP8 quantization in plain torch, the statement every backend is held to.
+"""The numbers: RMSNorm or SiLU + FP8 quantization in plain torch, the statement every backend is held to.
 
 Dimensions:
     H: hidden size
+    I: intermediate size, features of gate and of up
     ...: rows (tokens), any number of leading dimensions
 
 All arithmetic is fp32; R is the largest code value of the target (240 on trn2, 448 on trn3)::
@@ -12,10 +13,13 @@ All arithmetic is fp32; R is the largest code value of the target (240 on trn2, 
     scale = max(max|y| / R, 1e-6)
     code  = to_fp8_nearest_even(clip(y / scale, ±R))
 
-The formula is that of NKI Library's ``rmsnorm_quant_kernel`` (RMSNorm: Zhang & Sennrich 2019,
-arXiv:1910.07467). It says nothing about numbers that do not fit fp32, so this does: a row whose max|y| or
-mean(x²) is not finite (it held NaN or Inf, or overflows) gets zero codes and a NaN scale, and NaN codes
-(0x7F) where quantization is static and there is no scale to carry the news. Its neighbours are untouched.
+    y     = gate * sigmoid(gate) * up                the activation before a down projection
+
+The norm's formula is that of NKI Library's ``rmsnorm_quant_kernel`` (RMSNorm: Zhang & Sennrich 2019,
+arXiv:1910.07467; SiLU times up: SwiGLU, Shazeer 2020, arXiv:2002.05202). It says nothing about numbers that
+do not fit fp32, so this does: a row whose max|y| or mean(x²) is not finite (it held NaN or Inf, or overflows)
+is invalid. It gets zero codes and a NaN scale, and NaN codes (0x7F) where quantization is static and there is
+no scale to say so. Its neighbours are untouched.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import math
 import torch
 
 from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq.target import Target, get
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPE_NAMES = "torch.bfloat16, torch.float16 or torch.float32"
@@ -38,7 +43,7 @@ def rms_norm_quant(
     residual: torch.Tensor | None = None,
     lower_bound: float = 0.0,
     static_scale: torch.Tensor | float | None = None,
-    target: str | None = None,
+    target: Target | str | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalize rows, quantize them to FP8 and pack each with its scale.
@@ -53,7 +58,7 @@ def rms_norm_quant(
         residual: like ``hidden``; added in fp32 before the norm.
         lower_bound: clip normalized values to ±lower_bound; 0 does not clip.
         static_scale: one given dequantization scale, > 0, a float or an fp32 tensor of one element.
-        target: ``"trn2"`` (the default) or ``"trn3"``.
+        target: a target or its name; ``None`` is trn2.
         backend: ignored.
 
     Returns:
@@ -64,19 +69,18 @@ def rms_norm_quant(
         ValueError: an argument has the wrong dtype, shape or range.
     """
     check_rms_norm_quant(hidden, weight, eps, residual, lower_bound, static_scale)
-    limit = fmt.fp8_max("trn2" if target is None else target)
-    out, residual_out = compute(hidden, weight, residual, static_scale, eps, lower_bound, limit)
+    out, residual_out = compute(hidden, weight, eps, residual, lower_bound, static_scale, get(target))
     return out if residual is None else (out, residual_out)
 
 
 def compute(
     hidden: torch.Tensor,
     weight: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    static_scale: torch.Tensor | float | None,
     eps: float,
+    residual: torch.Tensor | None,
     lower_bound: float,
-    fp8_max: float,
+    static_scale: torch.Tensor | float | None,
+    target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula itself, on checked arguments; shapes as in :func:`rms_norm_quant`.
 
@@ -88,28 +92,77 @@ def compute(
         x = x + residual.float()
     if weight is None:
         y = x
-        finite = torch.ones_like(x[..., :1], dtype=torch.bool)
+        valid = torch.ones_like(x[..., :1], dtype=torch.bool)
     else:
         mean_square = x.square().mean(dim=-1, keepdim=True)
-        finite = mean_square.isfinite()
+        valid = mean_square.isfinite()
         y = x * torch.rsqrt(mean_square + eps) * weight.float()
+    return _quantize(y, valid, lower_bound, static_scale, target), x.to(hidden.dtype)
+
+
+def silu_mul_quant(
+    gate_up: torch.Tensor,
+    *,
+    static_scale: torch.Tensor | float | None = None,
+    target: Target | str | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multiply SiLU of the gate by up, quantize each row to FP8 and pack it with its scale.
+
+    Takes the arguments of :func:`vllm_neuron_rmsq.ops.silu_mul_quant`.
+
+    Args:
+        gate_up: ``[..., 2 I]``, gate then up, rank >= 2, bf16, fp16 or fp32.
+        static_scale: one given dequantization scale, > 0, a float or an fp32 tensor of one element.
+        target: a target or its name; ``None`` is trn2.
+        backend: ignored.
+
+    Returns:
+        ``[..., I + 4]`` uint8 packed rows, or ``[..., I]`` uint8 codes when ``static_scale`` is given.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or range.
+    """
+    check_silu_mul_quant(gate_up, static_scale)
+    return compute_silu_mul(gate_up, static_scale, get(target))
+
+
+def compute_silu_mul(
+    gate_up: torch.Tensor, static_scale: torch.Tensor | float | None, target: Target
+) -> torch.Tensor:
+    """The formula itself, on checked arguments; shapes as in :func:`silu_mul_quant`."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    y = gate * torch.sigmoid(gate) * up
+    return _quantize(y, torch.ones_like(y[..., :1], dtype=torch.bool), 0.0, static_scale, target)
+
+
+def _quantize(
+    y: torch.Tensor,
+    valid: torch.Tensor,
+    lower_bound: float,
+    static_scale: torch.Tensor | float | None,
+    target: Target,
+) -> torch.Tensor:
+    """Quantize fp32 rows ``y [..., H]``; ``valid [..., 1]`` is False for rows known to be invalid.
+
+    Returns:
+        ``[..., H + 4]`` packed rows, or ``[..., H]`` codes when ``static_scale`` is given.
+    """
     peak = y.abs().amax(dim=-1, keepdim=True)
-    finite = finite & peak.isfinite()
+    valid = valid & peak.isfinite()
     if lower_bound > 0:
         y = y.clamp(-lower_bound, lower_bound)
         peak = peak.clamp(max=lower_bound)
-    if static_scale is None:
-        scale = (peak / fp8_max).clamp(min=fmt.SCALE_FLOOR)
-        codes = _to_fp8(y / scale, fp8_max).masked_fill(~finite, 0)
-        out = fmt.pack(codes, scale.masked_fill(~finite, math.nan))
-    else:
-        out = _to_fp8(y / static_scale, fp8_max).masked_fill(~finite, fmt.NAN_CODE)
-    return out, x.to(hidden.dtype)
+    if static_scale is not None:
+        return _to_fp8(y / static_scale, target).masked_fill(~valid, fmt.NAN_CODE)
+    scale = (peak / target.fp8_max).clamp(min=fmt.SCALE_FLOOR)
+    codes = _to_fp8(y / scale, target).masked_fill(~valid, 0)
+    return fmt.pack(codes, scale.masked_fill(~valid, math.nan))
 
 
-def _to_fp8(values: torch.Tensor, fp8_max: float) -> torch.Tensor:
-    """Round fp32 values, clipped to ±fp8_max, to FP8 codes (uint8), ties to even."""
-    return values.clamp(-fp8_max, fp8_max).to(torch.float8_e4m3fn).view(torch.uint8)
+def _to_fp8(values: torch.Tensor, target: Target) -> torch.Tensor:
+    """Round fp32 values, clipped to the target's range, to FP8 codes (uint8), ties to even."""
+    return values.clamp(-target.fp8_max, target.fp8_max).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def check_rms_norm_quant(
@@ -145,11 +198,27 @@ def check_rms_norm_quant(
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
     if not 0 <= lower_bound < math.inf:
         raise ValueError(f"lower_bound: expected a finite number >= 0 (0 does not clip), got {lower_bound}")
+    _check_static_scale(static_scale, device, "hidden")
+
+
+def check_silu_mul_quant(gate_up: torch.Tensor, static_scale: torch.Tensor | float | None) -> None:
+    """Raise ValueError, naming argument, expected and got, unless the arguments fit the contract."""
+    shape, dtype = gate_up.shape, gate_up.dtype
+    if len(shape) < 2 or shape[-1] < 2 or shape[-1] % 2:
+        raise ValueError(f"gate_up: expected rank >= 2 and an even last dimension, got shape {list(shape)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"gate_up: expected dtype {_DTYPE_NAMES}, got {dtype}")
+    _check_static_scale(static_scale, gate_up.device, "gate_up")
+
+
+def _check_static_scale(static_scale: torch.Tensor | float | None, device: torch.device, whose: str) -> None:
     if isinstance(static_scale, torch.Tensor):
         if static_scale.numel() != 1 or static_scale.dtype != torch.float32:
             raise ValueError(
                 "static_scale: expected one torch.float32 element, got shape "
                 f"{list(static_scale.shape)} of {static_scale.dtype}"
             )
+        if static_scale.device != device:
+            raise ValueError(f"static_scale: expected device {device} ({whose}'s), got {static_scale.device}")
     elif static_scale is not None and not 0 < static_scale < math.inf:
         raise ValueError(f"static_scale: expected a finite number > 0, got {static_scale}")

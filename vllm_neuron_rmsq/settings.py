@@ -9,18 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_neuron_rmsq.packed import FP8_MAX
+from vllm_neuron_rmsq import backends
+from vllm_neuron_rmsq.backends import cpu
+from vllm_neuron_rmsq.target import TARGETS
 
 PREFIX = "VLLM_RMSQ_"
-BACKENDS = ("nki", "nki-sim", "cpu", "triton", "torch")
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "backend": ("auto", *BACKENDS, "off"),
-    "target": tuple(FP8_MAX),
-    "fuse": ("1", "0"),
-    "strict": ("0", "1"),
-    "cpu_isa": ("auto", *CPU_ISAS),
-}
 
 
 @dataclass(frozen=True)
@@ -28,7 +21,8 @@ class Settings:
     """What the user chose.
 
     Attributes:
-        backend: who computes; ``auto`` is the best usable one, ``off`` leaves vLLM as it is.
+        backend: who computes; ``auto`` is the best usable one, ``off`` leaves vLLM as it is (``ops`` called
+            directly take ``auto`` then).
         target: code range, ``trn2`` (±240) or ``trn3`` (±448).
         fuse: put fused RMSNorm+FP8-quant layers where norms are proven to feed only FP8 linears.
         strict: an unfused decoder norm is a start-up error.
@@ -55,32 +49,44 @@ class Settings:
             ValueError: an unknown ``VLLM_RMSQ_*`` variable or ``rmsq`` key, or a value that is not valid.
         """
         environ = os.environ if environ is None else environ
+        valid = choices()
         chosen: dict[str, Any] = {}
         for name, value in environ.items():
             if name.startswith(PREFIX):
                 key = name.removeprefix(PREFIX).lower()
-                if key not in CHOICES or name != PREFIX + key.upper():
-                    valid = ", ".join(PREFIX + k.upper() for k in CHOICES)
-                    raise ValueError(f"{name}: unknown environment variable; expected one of {valid}")
-                chosen[key] = _parse(name, key, value)
+                if key not in valid or name != PREFIX + key.upper():
+                    variables = ", ".join(PREFIX + k.upper() for k in valid)
+                    raise ValueError(f"{name}: unknown environment variable; expected one of {variables}")
+                chosen[key] = _parse(name, key, value, valid[key])
         config = (additional_config or {}).get("rmsq", {})
         if not isinstance(config, Mapping):
             raise ValueError(
-                f"additional_config['rmsq']: expected a mapping of {', '.join(CHOICES)}; got {config!r}"
+                f"additional_config['rmsq']: expected a mapping of {', '.join(valid)}; got {config!r}"
             )
         for key, value in config.items():
             name = f"additional_config['rmsq'][{key!r}]"
-            if key not in CHOICES:
-                raise ValueError(f"{name}: unknown setting; expected one of {', '.join(CHOICES)}")
-            chosen[key] = _parse(name, key, value)
+            if key not in valid:
+                raise ValueError(f"{name}: unknown setting; expected one of {', '.join(valid)}")
+            chosen[key] = _parse(name, key, value, valid[key])
         return cls(**chosen)
 
 
-def _parse(name: str, key: str, value: Any) -> Any:
+def choices() -> dict[str, tuple[str, ...]]:
+    """Return the values each setting may have, as text, the default first; backends by the registry."""
+    return {
+        "backend": ("auto", *backends.names(), "off"),
+        "target": tuple(TARGETS),
+        "fuse": ("1", "0"),
+        "strict": ("0", "1"),
+        "cpu_isa": ("auto", *cpu.ISAS),
+    }
+
+
+def _parse(name: str, key: str, value: Any, valid: tuple[str, ...]) -> Any:
     boolean = {f.name: f.type for f in fields(Settings)}[key] == "bool"
     text = str(int(value)) if isinstance(value, bool) else str(value)
-    if text not in CHOICES[key]:
-        raise ValueError(f"{name}: expected one of {', '.join(CHOICES[key])}; got {value!r}")
+    if text not in valid:
+        raise ValueError(f"{name}: expected one of {', '.join(valid)}; got {value!r}")
     return text == "1" if boolean else text
 
 
@@ -93,12 +99,26 @@ def current() -> Settings:
 
 
 def install(settings: Settings | None) -> None:
-    """Make ``settings`` the ones in force in this process; ``None`` goes back to the environment."""
+    """Make ``settings`` the ones in force in this process; ``None`` goes back to the environment.
+
+    Raises:
+        ValueError: this machine lacks the instruction-set level that ``cpu_isa`` names.
+    """
     global _current
     _current = settings
     _from_environment.cache_clear()
+    if settings is not None:
+        _apply(settings)
 
 
 @functools.cache
 def _from_environment() -> Settings:
-    return Settings.load()
+    settings = Settings.load()
+    _apply(settings)
+    return settings
+
+
+def _apply(settings: Settings) -> None:
+    """Put in force what a backend must be told of, as far as that backend can run here."""
+    if settings.backend in ("auto", "cpu") and backends.unavailable("cpu") is None:
+        cpu.set_isa(settings.cpu_isa)

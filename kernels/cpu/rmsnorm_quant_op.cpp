@@ -222,14 +222,14 @@ Tensor run(
 }
 
 Tensor rms_norm_quant(
-    const Tensor& hidden, OptionalTensor weight, OptionalTensor static_scale, double eps, double lower_bound,
+    const Tensor& hidden, OptionalTensor weight, double eps, double lower_bound, OptionalTensor static_scale,
     double fp8_max) {
     return run(hidden, nullptr, nullptr, weight, static_scale, eps, lower_bound, fp8_max);
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm_quant(
-    const Tensor& hidden, const Tensor& residual, OptionalTensor weight, OptionalTensor static_scale, double eps,
-    double lower_bound, double fp8_max) {
+    const Tensor& hidden, OptionalTensor weight, double eps, const Tensor& residual, double lower_bound,
+    OptionalTensor static_scale, double fp8_max) {
     OptionalTensor residual_out;
     Tensor out = run(hidden, &residual, &residual_out, weight, static_scale, eps, lower_bound, fp8_max);
     return {std::move(out), *std::move(residual_out)};

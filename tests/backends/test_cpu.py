@@ -22,7 +22,7 @@ def forget_what_was_found():
     yield
     settings.install(None)
     cpu.set_isa("auto")
-    backends.forget()
+    backends.resolve.cache_clear()
 
 
 @pytest.fixture
@@ -31,14 +31,13 @@ def without_library(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu_kernels.so")
     monkeypatch.setattr(cpu, "REASON", tmp_path / "_cpu_kernels.txt")
     cpu._load.cache_clear()
-    backends.forget()
+    backends.resolve.cache_clear()
     yield tmp_path
     monkeypatch.undo()
     cpu._load.cache_clear()
 
 
 def test_auto_is_cpu_on_cpu():
-    backends.forget()
     assert backends.resolve("auto", "cpu") == "cpu"
 
 
@@ -67,9 +66,24 @@ def test_chosen_level_is_put_in_force_and_must_be_there(monkeypatch):
     monkeypatch.setattr(cpu, "set_isa", chosen.append)
     for level in ("portable", "avx2"):
         settings.install(settings.Settings(cpu_isa=level))
-        backends.forget()
-        assert backends.unavailable("cpu") is None
     assert chosen == ["portable", "avx2"]
+    settings.install(settings.Settings(backend="torch", cpu_isa="avx2"))
+    assert chosen == ["portable", "avx2"], "another backend was chosen"
+
+
+def test_asking_changes_nothing(monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_CPU_ISA", "portable")
+    monkeypatch.setattr(cpu, "set_isa", lambda name: pytest.fail("a question switched the instruction set"))
+    assert backends.unavailable("cpu") is None
+
+
+def test_the_environments_level_is_put_in_force(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(cpu, "set_isa", chosen.append)
+    monkeypatch.setenv("VLLM_RMSQ_CPU_ISA", "portable")
+    settings.install(None)
+    ops.rms_norm_quant(torch.randn(3, 40), None)
+    assert chosen == ["portable"]
 
 
 def test_level_the_machine_lacks():

@@ -17,13 +17,14 @@ from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.backends import nki, nki_sim
 from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear, rmsnorm_quant
 from vllm_neuron_rmsq.kernels.nki.simulator import simulate
+from vllm_neuron_rmsq.target import TRN2, TRN3
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     for name in ("NEURON_LOGICAL_NC_CONFIG", "NEURON_PLATFORM_TARGET_OVERRIDE", "NKI_SIMULATOR"):
         monkeypatch.delenv(name, raising=False)
-    caches = (backends.unavailable, backends.resolve, nki._binding)
+    caches = (backends.resolve, nki._binding)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -190,9 +191,9 @@ class TestLaunch:
         assert sdk.launched[-1][2]["dtype_mode"] == rmsnorm_quant.DtypeMode.OCP
 
     def test_platform_is_the_bindings(self, sdk, monkeypatch):
-        assert nki.platform() == "trn2"
+        assert nki.platform() is TRN2
         module(monkeypatch, "libtorch_neuronx_lite.compile.platform", get_platform_target=lambda: "trn3")
-        assert nki.platform() == "trn3"
+        assert nki.platform() is TRN3
 
     def test_trainium2_refuses_weights_it_would_misread(self, sdk):
         weight = torch.full((2, 64), 448.0).to(torch.float8_e4m3fn)
@@ -202,7 +203,7 @@ class TestLaunch:
     def test_simulator_runs_on_the_cpu(self):
         hidden = torch.empty(4, 64, device="meta")
         with pytest.raises(ValueError, match="backend nki-sim: expected tensors on the CPU, got meta"):
-            nki_sim.rms_norm_quant(hidden, None, None, 1e-6, 0.0, 240.0)
+            nki_sim.BACKEND.functions.rms_norm_quant(hidden, None, 1e-6, None, 0.0, None, TRN2)
 
 
 class TestSplitting:
@@ -296,4 +297,4 @@ def test_ops_of_both_backends_in_a_graph():
 
     assert layer(hidden).shape == (3, 8)
     for name in ("nki", "nki-sim"):
-        assert backends.module(name).prepacked_shape(8, 64) == tuple(prepacked.data.shape)
+        assert backends.get(name).prepacked_shape(8, 64) == tuple(prepacked.data.shape)

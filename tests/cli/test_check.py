@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from vllm_neuron_rmsq import settings
+from vllm_neuron_rmsq import backends
 from vllm_neuron_rmsq.cli.check import check
 from vllm_neuron_rmsq.cli.errors import CommandError
 
@@ -20,7 +20,7 @@ def test_versions_and_every_backend_are_listed(monkeypatch):
     monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
     text = printed()
     rows = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
-    assert set(settings.BACKENDS) <= set(rows)
+    assert set(backends.names()) <= set(rows)
     assert "can run" in rows["torch"]
     assert "VLLM_RMSQ_BACKEND=torch" in text
 

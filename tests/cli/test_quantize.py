@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from vllm_neuron_rmsq import weights
 from vllm_neuron_rmsq.cli import app, smollm2
 from vllm_neuron_rmsq.cli.errors import CommandError
-from vllm_neuron_rmsq.cli.quantize import quantize, quantize_weight, unpack_gguf
-
-LIMITS = {"trn2": 240.0, "trn3": 448.0}
+from vllm_neuron_rmsq.cli.quantize import quantize, unpack_gguf
+from vllm_neuron_rmsq.target import TARGETS
 
 
 def write_llama(folder: Path, *, tied: bool = False, shards: int = 1, seed: int = 0, **config) -> Path:
@@ -60,35 +58,7 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-@given(
-    seed=st.integers(0, 1000),
-    n=st.integers(1, 20),
-    k=st.integers(1, 40),
-    target=st.sampled_from(sorted(LIMITS)),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-    power=st.integers(-14, 10),
-)
-def test_codes_fit_the_target_and_are_the_nearest(seed, n, k, target, dtype, power):
-    generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(n, k, generator=generator) * 2.0**power).to(dtype)
-    weight[torch.rand(n, generator=generator) < 0.2] = 0
-    codes, scale = quantize_weight(weight, LIMITS[target])
-    assert codes.dtype == torch.float8_e4m3fn
-    assert (scale.dtype, scale.shape) == (torch.float32, (n, 1))
-    assert (scale > 0).all()
-    values = codes.double()
-    assert values.abs().max() <= LIMITS[target]
-    used = weight.abs().amax(dim=1) > 0
-    assert (values.abs().amax(dim=1)[used] == LIMITS[target]).all(), "the range is used to its end"
-    assert (values[~used] == 0).all()
-    # Half a step: 3 mantissa bits, and 2^-9 the spacing of subnormals.
-    exact = weight.double() / scale.double()
-    assert (
-        (values - exact).abs() <= torch.maximum(exact.abs() * 2.0**-4, torch.tensor(2.0**-10)) * (1 + 1e-6)
-    ).all()
-
-
-@pytest.mark.parametrize("target", sorted(LIMITS))
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_checkpoint(tmp_path, target, tied, shards):
@@ -102,7 +72,7 @@ def test_checkpoint(tmp_path, target, tied, shards):
     assert ("lm_head.weight" in after) == (not tied)
     for name, tensor in before.items():
         if name in linears:
-            expected = quantize_weight(tensor, LIMITS[target])
+            expected = weights.quantize(tensor, TARGETS[target])
             assert torch.equal(after[name].view(torch.uint8), expected[0].view(torch.uint8))
             assert torch.equal(after[name.removesuffix("weight") + "weight_scale"], expected[1])
         else:

@@ -142,7 +142,7 @@ def test_bad_requests_do_not_stop_it(server):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"VLLM_RMSQ_BACKEND": "gpu"}, "VLLM_RMSQ_BACKEND: expected one of auto, nki, nki-sim, cpu, triton"),
+        ({"VLLM_RMSQ_BACKEND": "gpu"}, "VLLM_RMSQ_BACKEND: expected one of auto, nki, nki-sim, cpu, torch"),
         ({"VLLM_RMSQ_TARGTE": "trn2"}, "VLLM_RMSQ_TARGTE: unknown environment variable; expected one of"),
     ],
 )

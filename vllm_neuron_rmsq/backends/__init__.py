@@ -1,78 +1,101 @@
-"""One module for each way to compute the contract, all with the same few functions.
+"""The backends: one file and one record for each way to compute the contract, and the registry of them.
 
-A backend module has
-    ``unavailable() -> str | None``: why it cannot run here and what to do about it, or ``None``;
-    ``rms_norm_quant(hidden, weight, static_scale, eps, lower_bound, fp8_max) -> Tensor`` and
-    ``add_rms_norm_quant(hidden, residual, weight, static_scale, eps, lower_bound, fp8_max)
-    -> (Tensor, Tensor)``: the norm ops, on arguments that ``ops`` has checked;
-    ``packed_fp8_linear(packed, weight, weight_scale, bias, out_features, out_dtype) -> Tensor``: the matmul
-    op, ``weight`` being ``[N, H]`` uint8, or, where the backend wants a layout of its own,
-    what ``prepack_fp8_weight(weight) -> Tensor`` returned, of ``prepacked_shape(n, h)``, uint8.
-A backend whose ops are registered from C++ has only the first and ``prepacked_shape``.
+A new backend is a module here that holds a :class:`Backend`, and its name in :data:`_IN_TREE`; settings'
+choices, the ops' overloads, ``check``'s rows and the tests follow from the registry.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-from types import ModuleType
 
-from vllm_neuron_rmsq.settings import BACKENDS
+from vllm_neuron_rmsq.backends import cpu, nki, nki_sim, torch
+from vllm_neuron_rmsq.backends.base import (
+    Backend,
+    BackendUnavailableError,
+    Functions,
+)
 
-AUTO_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
-"""Which backends ``auto`` tries for a device type, best first; any other device is Neuron's."""
+__all__ = [
+    "Backend",
+    "BackendUnavailableError",
+    "Functions",
+    "for_serving",
+    "get",
+    "names",
+    "register",
+    "resolve",
+    "unavailable",
+]
+
+_IN_TREE = (nki, nki_sim, cpu, torch)
+"""Modules of this release's backends; ``auto`` takes the first that fits."""
+
+_registry: dict[str, Backend] = {}
 
 
-class BackendUnavailableError(RuntimeError):
-    """A backend asked for by name cannot run here; the message says why and what to do."""
+def register(backend: Backend) -> None:
+    """Add a backend, behind those that are there: settings accept its name and ops run on it from now on.
+
+    Raises:
+        ValueError: there is a backend of that name, or the name means something else to the settings.
+    """
+    if backend.name in (*_registry, "auto", "off"):
+        raise ValueError(f"backend: expected a name that is not taken, got {backend.name!r}")
+    _registry[backend.name] = backend
+    resolve.cache_clear()
 
 
-def module(name: str) -> ModuleType:
-    """Return the module of backend ``name``."""
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+for _module in _IN_TREE:
+    _registry[_module.BACKEND.name] = _module.BACKEND
 
 
-@functools.cache
+def names() -> tuple[str, ...]:
+    """Return the name of every backend."""
+    return tuple(_registry)
+
+
+def get(name: str) -> Backend:
+    """Return the record of a backend.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    if name not in _registry:
+        raise ValueError(f"backend: expected one of auto, {', '.join(_registry)}; got {name!r}")
+    return _registry[name]
+
+
 def unavailable(name: str) -> str | None:
     """Return why backend ``name`` cannot run here, with the remedy, or ``None`` when it can."""
-    try:
-        return module(name).unavailable()
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name.replace('-', '_')}":
-            raise
-        return f"this release has no backend {name!r}; choose another with VLLM_RMSQ_BACKEND"
+    return get(name).unavailable()
 
 
 @functools.cache
 def resolve(name: str, device_type: str) -> str:
-    """Turn a backend setting into the name of a backend that can run.
+    """Turn a backend's name or ``auto`` into the name of a backend that can run.
+
+    The answer is remembered: every call of an op asks.
 
     Args:
-        name: ``auto`` or a backend's name.
+        name: ``auto``, the first backend for the device that can run, or a backend's name.
         device_type: ``torch.device.type`` of the tensors.
 
     Raises:
         ValueError: ``name`` is no backend.
-        BackendUnavailableError: the backend cannot run here.
+        BackendUnavailableError: the backend cannot run here, or none computes on the device.
     """
     if name == "auto":
-        candidates = AUTO_ORDER.get(device_type, ("nki",))
-        for candidate in candidates[:-1]:
-            if unavailable(candidate) is None:
-                return candidate
-        name = candidates[-1]
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}; got {name!r}")
+        candidates = [n for n, backend in _registry.items() if device_type in backend.devices]
+        if not candidates:
+            raise BackendUnavailableError(
+                f"no backend computes on device {device_type!r}; name one of {', '.join(_registry)}"
+            )
+        name = next((n for n in candidates if unavailable(n) is None), candidates[-1])
+    get(name)
     reason = unavailable(name)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot run here: {reason}")
     return name
-
-
-def forget() -> None:
-    """Ask the backends anew from now on: what they answer may hang on settings, which have changed."""
-    unavailable.cache_clear()
-    resolve.cache_clear()
 
 
 def for_serving(name: str, device_type: str) -> tuple[str | None, str]:
@@ -82,20 +105,21 @@ def for_serving(name: str, device_type: str) -> tuple[str | None, str]:
     would lose to plain torch, and an installed plugin must not keep vLLM from starting on any device.
 
     Args:
-        name: the backend setting.
+        name: the setting: ``auto``, ``off`` or a backend's name.
         device_type: vLLM's platform, as in ``torch.device.type``.
 
     Returns:
         the backend's name and an empty string, or ``None`` and the reason.
 
     Raises:
+        ValueError: ``name`` is no backend.
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
     if name == "off":
         return None, "is switched off (VLLM_RMSQ_BACKEND=off)"
     if name != "auto":
         return resolve(name, device_type), ""
-    for candidate in AUTO_ORDER.get(device_type, ("nki",)):
-        if (candidate != "torch" or device_type == "cpu") and unavailable(candidate) is None:
+    for candidate, backend in _registry.items():
+        if device_type in backend.serves and unavailable(candidate) is None:
             return candidate, ""
     return None, f"has no fast backend for {device_type}; VLLM_RMSQ_BACKEND names one to use all the same"

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_neuron_rmsq import settings
+from vllm_neuron_rmsq.backends.base import Backend
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Instruction-set levels, best last."""
 
 LIBRARY = Path(__file__).parents[1] / "_cpu_kernels.so"
 REASON = LIBRARY.with_suffix(".txt")
@@ -31,10 +34,9 @@ def _load() -> ctypes.CDLL:
 
 
 def unavailable() -> str | None:
-    """Load the library and put the chosen instruction-set level in force.
+    """Return why there are no native kernels here, or ``None``.
 
-    Raises:
-        ValueError: this machine lacks the level that the setting ``cpu_isa`` names.
+    Whether the library can be loaded is found out by loading it, which changes nothing but that.
     """
     if not LIBRARY.exists():
         reason = REASON.read_text().strip() if REASON.exists() else "the package was never installed here"
@@ -43,14 +45,13 @@ def unavailable() -> str | None:
         _load()
     except OSError as error:
         return f"the native CPU kernels cannot be loaded: {error.__cause__ or error}; {REMEDY}"
-    set_isa(settings.current().cpu_isa)
     return None
 
 
 def isas() -> tuple[str, ...]:
     """Return the instruction-set levels this machine has, best last."""
     best = _load().rmsq_best_isa().decode()
-    return settings.CPU_ISAS[: settings.CPU_ISAS.index(best) + 1]
+    return ISAS[: ISAS.index(best) + 1]
 
 
 def set_isa(name: str) -> None:
@@ -68,3 +69,14 @@ def set_isa(name: str) -> None:
 def prepacked_shape(n: int, h: int) -> tuple[int, int, int]:
     """``[blocks of 32 outputs, pairs along H, 64]``, the layout in ``kernels/cpu/packed_fp8_matmul.h``."""
     return -(-n // 32), -(-h // 2), 64
+
+
+BACKEND = Backend(
+    name="cpu",
+    # Looked up when asked: tests put other functions and paths in their place.
+    unavailable=lambda: unavailable(),
+    functions=None,
+    devices=("cpu",),
+    serves=("cpu",),
+    prepacked_shape=prepacked_shape,
+)

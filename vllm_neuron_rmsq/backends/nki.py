@@ -25,19 +25,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq.backends.base import Backend
+from vllm_neuron_rmsq.target import TRN2, TRN3, Target
 
 NKI_VERSION = (0, 6)
 """The NKI release the kernels are written for."""
 
-PLATFORMS = {"trn2": "trn2", "gen3": "trn2", "trn3": "trn3", "gen4": "trn3"}
+PLATFORMS = {"trn2": TRN2, "gen3": TRN2, "trn3": TRN3, "gen4": TRN3}
 """Values of NEURON_PLATFORM_TARGET_OVERRIDE that the kernels run on, and what they mean."""
 
 INSTALL = (
     "install the AWS Neuron SDK 2.32 (packages nki 0.6, neuronx-cc and libtorch_neuronx_lite from AWS's own "
     "package index; those of the same names on PyPI are empty)"
 )
+
+DEVICES = ("neuron", "privateuseone", "xla")
+"""What ``torch.device.type`` is under the native binding, before that is named, and under torch_xla."""
 
 Launch = Callable[[Any, dict[str, Any]], Any]
 """Runs a kernel on the arguments it is given by name."""
@@ -108,13 +114,13 @@ def _attribute(module: str, name: str) -> Any:
         return None
 
 
-def platform() -> str:
-    """Return ``"trn2"`` or ``"trn3"``: the override, else what the binding reports, else trn2."""
+def platform() -> Target:
+    """Return the target this machine computes for: the override, else the binding's report, else trn2."""
     override = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE")
     if override is not None:
         return PLATFORMS[override]
     detect = _attribute("libtorch_neuronx_lite.compile.platform", "get_platform_target")
-    return "trn2" if detect is None else PLATFORMS.get(str(detect()), "trn2")
+    return TRN2 if detect is None else PLATFORMS.get(str(detect()), TRN2)
 
 
 def logical_cores(default: int) -> int:
@@ -133,58 +139,102 @@ class Kernels:
     """The backend's functions over one way to launch a kernel.
 
     Args:
-        launch: runs a kernel on named arguments.
+        launch: runs a kernel on named arguments, the tensor that says the device first.
         cores: returns the programs it is launched on.
-        platform: returns ``"trn2"``, where FP8 is float8_e4m3 (±240), or ``"trn3"``, where it may be
-            float8_e4m3fn.
+        platform: returns what the hardware computes for. Only Trainium3 has ±448 and ``float8_e4m3fn``.
     """
 
-    def __init__(self, launch: Launch, cores: Callable[[], int], platform: Callable[[], str]) -> None:
+    def __init__(self, launch: Launch, cores: Callable[[], int], platform: Callable[[], Target]) -> None:
         self._launch = launch
         self._cores = cores
         self._platform = platform
 
-    def rms_norm_quant(self, hidden, weight, static_scale, eps, lower_bound, fp8_max):
-        """The norm op; see :mod:`vllm_neuron_rmsq.backends`."""
-        return self._norm(hidden, None, weight, static_scale, eps, lower_bound, fp8_max)
+    def rms_norm_quant(
+        self,
+        hidden: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        lower_bound: float,
+        static_scale: Tensor | None,
+        target: Target,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~vllm_neuron_rmsq.backends.base.Functions`.
 
-    def add_rms_norm_quant(self, hidden, residual, weight, static_scale, eps, lower_bound, fp8_max):
-        """The norm op with a residual; see :mod:`vllm_neuron_rmsq.backends`."""
-        return self._norm(hidden, residual, weight, static_scale, eps, lower_bound, fp8_max)
-
-    def _norm(self, hidden, residual, weight, static_scale, eps, lower_bound, fp8_max):
+        Raises:
+            ValueError: rows wider than the kernel takes, or codes that this hardware has not.
+        """
         from vllm_neuron_rmsq.kernels.nki import rmsnorm_quant as source
 
         width = hidden.shape[-1]
         if width > source.MAX_H:
             raise ValueError(f"hidden: expected H <= {source.MAX_H} (the NKI kernel's limit), got {width}")
-        arguments = {"eps": eps, "lower_bound": lower_bound}
+        arguments: dict[str, Any] = {"eps": eps, "lower_bound": lower_bound}
         if weight is not None:
             arguments["ln_w"] = weight
         if static_scale is not None:
-            arguments["input_dequant_scale"] = static_scale.reshape(1, 1).expand(128, 1).contiguous()
-        if fp8_max == fmt.FP8_MAX["trn3"]:
-            if self._platform() != "trn3":
-                raise ValueError("target: trn3 codes (±448) need Trainium3, and this is Trainium2")
-            arguments["ocp"] = True
-        rows = hidden.reshape(-1, width)
-        added = None if residual is None else residual.reshape(-1, width)
-        out = []
-        for start, stop in _parts(rows.shape[0], source.MAX_B * source.MAX_S):
-            part = dict(arguments, hidden=self._pad(rows[start:stop]))
-            if added is not None:
-                part["residual"] = self._pad(added[start:stop])
-            result = self._launch(source.rmsnorm_quant_bytes_kernel, part)
-            results = result if added is not None else (result,)
-            out.append(tuple(r[: stop - start] for r in results))
-        lead = hidden.shape[:-1]
-        joined = tuple(torch.cat(r) if len(r) > 1 else r[0] for r in zip(*out, strict=True))
-        if not joined:  # no rows
+            arguments["input_dequant_scale"] = _on_every_partition(static_scale)
+        arguments |= self._mode(target)
+        rows = {"hidden": hidden} if residual is None else {"hidden": hidden, "residual": residual}
+        results = self._by_rows(
+            source.rmsnorm_quant_bytes_kernel, rows, arguments, source.MAX_B * source.MAX_S
+        )
+        if not results:  # no rows
             tail = fmt.SCALE_BYTES if static_scale is None else 0
-            joined = (rows.new_empty((0, width + tail), dtype=torch.uint8), torch.empty_like(rows))
-            joined = joined[: 1 if residual is None else 2]
-        joined = tuple(r.reshape(*lead, r.shape[-1]) for r in joined)
-        return joined if residual is not None else joined[0]
+            results = [
+                hidden.new_empty((*hidden.shape[:-1], width + tail), dtype=torch.uint8),
+                torch.empty_like(hidden),
+            ]
+        return results[0], None if residual is None else results[1]
+
+    def silu_mul_quant(self, gate_up: Tensor, static_scale: Tensor | None, target: Target) -> Tensor:
+        """See :class:`~vllm_neuron_rmsq.backends.base.Functions`.
+
+        Raises:
+            ValueError: rows wider than the kernel takes, or codes that this hardware has not.
+        """
+        from vllm_neuron_rmsq.kernels.nki import silu_mul_quant as source  # type: ignore[attr-defined]
+
+        width = gate_up.shape[-1] // 2
+        if width > source.MAX_I:
+            raise ValueError(f"gate_up: expected I <= {source.MAX_I} (the NKI kernel's limit), got {width}")
+        arguments = self._mode(target)
+        if static_scale is not None:
+            arguments["static_scale"] = _on_every_partition(static_scale)
+        results = self._by_rows(
+            source.silu_mul_quant_bytes_kernel, {"gate_up": gate_up}, arguments, source.MAX_T
+        )
+        if not results:  # no rows
+            tail = fmt.SCALE_BYTES if static_scale is None else 0
+            return gate_up.new_empty((*gate_up.shape[:-1], width + tail), dtype=torch.uint8)
+        return results[0]
+
+    def _mode(self, target: Target) -> dict[str, Any]:
+        """The argument that asks for codes of another range than Trainium2's."""
+        if target.fp8_max <= TRN2.fp8_max:
+            return {}
+        if self._platform() is not TRN3:
+            raise ValueError("target: trn3 codes (±448) need Trainium3, and this is Trainium2")
+        return {"ocp": True}
+
+    def _by_rows(
+        self, kernel: Any, tensors: dict[str, Tensor], arguments: dict[str, Any], limit: int
+    ) -> list[Tensor]:
+        """Launch ``kernel`` on ``tensors [..., H]`` as rows, at most ``limit`` at once.
+
+        Returns:
+            its results with the tensors' leading dimensions; none where there are no rows.
+        """
+        lead = next(iter(tensors.values())).shape[:-1]
+        flat = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
+        parts = []
+        for start, stop in _parts(lead.numel(), limit):
+            part = {name: self._pad(rows[start:stop]) for name, rows in flat.items()}
+            result = self._launch(kernel, part | arguments)
+            results = result if isinstance(result, tuple) else (result,)
+            parts.append([r[: stop - start] for r in results])
+        joined = [torch.cat(r) if len(r) > 1 else r[0] for r in zip(*parts, strict=True)]
+        return [r.reshape(*lead, r.shape[-1]) for r in joined]
 
     def _pad(self, rows: torch.Tensor) -> torch.Tensor:
         """Contiguous rows, at least one for each NeuronCore."""
@@ -193,44 +243,55 @@ class Kernels:
             rows = torch.cat([rows, rows.new_zeros((missing, rows.shape[1]))])
         return rows.contiguous()
 
-    def prepack_fp8_weight(self, weight):
+    def prepack_fp8_weight(self, weight: Tensor) -> Tensor:
         """Lay a weight out for the matmul kernel.
 
         Raises:
-            ValueError: on Trainium2, where the weight holds codes beyond ±240, which its FP8 reads as Inf or
-            NaN.
+            ValueError: the weight holds codes that this hardware's FP8 reads as Inf or NaN.
         """
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 
-        if self._platform() == "trn2" and bool(((weight & 0x7F) >= 0x78).any()):
+        if bool(((weight & 0x7F) > self._platform().max_code).any()):
             raise ValueError(
                 "weight: expected FP8 codes within ±240, all that Trainium2's float8_e4m3 has; halve the "
                 "codes and double the scale first"
             )
         return source.prepack(weight)
 
-    def packed_fp8_linear(self, packed, weight, weight_scale, bias, out_features, out_dtype):
-        """The matmul op; see :mod:`vllm_neuron_rmsq.backends`."""
+    def packed_fp8_linear(
+        self,
+        packed: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """See :class:`~vllm_neuron_rmsq.backends.base.Functions`."""
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
         from vllm_neuron_rmsq.kernels.nki.rmsnorm_quant import DtypeMode
 
-        arguments = {"weight": weight, "weight_scale": weight_scale}
+        arguments: dict[str, Any] = {"weight": weight, "weight_scale": weight_scale}
         if bias is not None:
             arguments["bias"] = bias
         if out_dtype != torch.bfloat16:
             arguments["out_dtype"] = source.OUT_DTYPES[str(out_dtype).removeprefix("torch.")]
-        if self._platform() == "trn3":
+        if self._platform() is TRN3:
             arguments["dtype_mode"] = DtypeMode.OCP
         rows = packed.reshape(-1, packed.shape[-1])
-        parts = _parts(rows.shape[0], source.MAX_T)
         out = [
             self._launch(
-                source.packed_fp8_linear_kernel, dict(arguments, packed=rows[start:stop].contiguous())
+                source.packed_fp8_linear_kernel, {"packed": rows[start:stop].contiguous()} | arguments
             )
-            for start, stop in parts
+            for start, stop in _parts(rows.shape[0], source.MAX_T)
         ]
         joined = torch.cat(out) if len(out) > 1 else (out or [rows.new_empty((0,), dtype=out_dtype)])[0]
         return joined.reshape(*packed.shape[:-1], out_features)
+
+
+def _on_every_partition(static_scale: Tensor) -> Tensor:
+    """One scale as ``[128, 1]`` fp32: a kernel reads a scalar operand on each partition."""
+    return static_scale.reshape(1, 1).expand(128, 1).contiguous()
 
 
 def _parts(rows: int, limit: int) -> list[tuple[int, int]]:
@@ -251,8 +312,11 @@ def _on_device(kernel: Any, arguments: dict[str, Any]) -> Any:
     return binding(kernel, logical_cores(default=2))(**arguments)
 
 
-_kernels = Kernels(_on_device, functools.partial(logical_cores, default=2), platform)
-rms_norm_quant = _kernels.rms_norm_quant
-add_rms_norm_quant = _kernels.add_rms_norm_quant
-prepack_fp8_weight = _kernels.prepack_fp8_weight
-packed_fp8_linear = _kernels.packed_fp8_linear
+BACKEND = Backend(
+    name="nki",
+    unavailable=lambda: unavailable(),
+    functions=Kernels(_on_device, functools.partial(logical_cores, default=2), platform),
+    devices=DEVICES,
+    serves=DEVICES,
+    prepacked_shape=prepacked_shape,
+)

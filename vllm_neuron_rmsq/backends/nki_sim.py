@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from vllm_neuron_rmsq.backends import nki
+from vllm_neuron_rmsq.backends.base import Backend
+from vllm_neuron_rmsq.target import TRN2, TRN3
 
 _cores = functools.partial(nki.logical_cores, default=1)
 
@@ -30,17 +32,17 @@ def unavailable() -> str | None:
 def _simulated(kernel: Any, arguments: dict[str, Any]) -> Any:
     from vllm_neuron_rmsq.kernels.nki.simulator import simulate
 
-    device = arguments["packed" if "packed" in arguments else "hidden"].device
+    device = next(iter(arguments.values())).device
     if device.type != "cpu":
         raise ValueError(f"backend nki-sim: expected tensors on the CPU, got {device}")
-    target = "trn3" if "ocp" in arguments or "dtype_mode" in arguments else "trn2"
+    target = TRN3 if "ocp" in arguments or "dtype_mode" in arguments else TRN2
     with torch.no_grad():
-        return simulate(kernel, _cores(), target=target)(**arguments)
+        return simulate(kernel, _cores(), target=target.name)(**arguments)
 
 
-_kernels = nki.Kernels(_simulated, _cores, lambda: "trn3")
-rms_norm_quant = _kernels.rms_norm_quant
-add_rms_norm_quant = _kernels.add_rms_norm_quant
-prepack_fp8_weight = _kernels.prepack_fp8_weight
-packed_fp8_linear = _kernels.packed_fp8_linear
-prepacked_shape = nki.prepacked_shape
+BACKEND = Backend(
+    name="nki-sim",
+    unavailable=lambda: unavailable(),
+    functions=nki.Kernels(_simulated, _cores, lambda: TRN3),
+    prepacked_shape=nki.prepacked_shape,
+)

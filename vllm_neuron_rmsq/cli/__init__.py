@@ -24,7 +24,7 @@ app = typer.Typer(
 
 
 class Target(StrEnum):
-    """The targets of :data:`vllm_neuron_rmsq.packed.FP8_MAX`."""
+    """The targets of :data:`vllm_neuron_rmsq.target.TARGETS`."""
 
     trn2 = "trn2"
     trn3 = "trn3"

@@ -33,7 +33,7 @@ def check(console: Console) -> None:
     table = Table(
         "backend", "", title=f"VLLM_RMSQ_BACKEND={choice.backend}, VLLM_RMSQ_TARGET={choice.target}"
     )
-    reasons = {name: backends.unavailable(name) for name in settings.BACKENDS}
+    reasons = {name: backends.unavailable(name) for name in backends.names()}
     for name, reason in reasons.items():
         table.add_row(name, "can run" if reason is None else reason)
     console.print(table)

@@ -26,8 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_neuron_rmsq import weights
 from vllm_neuron_rmsq.cli.errors import CommandError
-from vllm_neuron_rmsq.packed import fp8_max
+from vllm_neuron_rmsq.target import Target, get
 
 DECODER_LINEAR = re.compile(r"(^|\.)layers\.\d+\.(.*\.)?\w*_proj\.weight$")
 """Checkpoint names of what is quantized: ``q_proj``, ``gate_up_proj``, ``experts.7.down_proj``, ..."""
@@ -46,24 +47,6 @@ WEIGHT_SUFFIXES = (
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(tensors done, tensors in all, name of the one at hand)``."""
-
-
-def quantize_weight(weight: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a linear's weight to FP8, symmetrically, one scale an output channel.
-
-    ``scale = max|w| / limit`` and ``code = to_fp8_nearest_even(w / scale)``, in fp32; a channel of zeros has
-    zero codes.
-
-    Args:
-        weight: ``[N, K]``, floating and finite.
-        limit: largest magnitude of a code's value, 240 or 448.
-
-    Returns:
-        ``[N, K]`` float8_e4m3fn and ``[N, 1]`` fp32.
-    """
-    values = weight.float()
-    scale = (values.abs().amax(dim=1, keepdim=True) / limit).clamp(min=torch.finfo(torch.float32).tiny)
-    return (values / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
 
 
 def quantization_config(ignore: list[str]) -> dict[str, Any]:
@@ -119,13 +102,13 @@ def quantize(source: Path, out: Path, target: str = "trn2", progress: Progress |
         CommandError: ``source`` is not there, damaged, already quantized, holds NaN or Inf, or has no
             decoder linears; or ``out`` exists.
     """
-    limit = fp8_max(target)
+    chosen = get(target)
     with _appearing(out) as partial:
         if source.is_dir():
-            return _quantize_directory(source, partial, limit, progress)
+            return _quantize_directory(source, partial, chosen, progress)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.gguf-") as unpacked:
             _unpack_gguf(source, Path(unpacked))
-            return _quantize_directory(Path(unpacked), partial, limit, progress)
+            return _quantize_directory(Path(unpacked), partial, chosen, progress)
 
 
 def unpack_gguf(source: Path, out: Path) -> None:
@@ -158,7 +141,7 @@ def _appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _quantize_directory(source: Path, out: Path, limit: float, progress: Progress | None) -> int:
+def _quantize_directory(source: Path, out: Path, target: Target, progress: Progress | None) -> int:
     config = _read_config(source)
     shards = _shards(source)
     total = sum(len(names) for names in shards.values())
@@ -177,7 +160,7 @@ def _quantize_directory(source: Path, out: Path, limit: float, progress: Progres
                     continue
                 tensor = _read(file, source / shard, name)
                 if DECODER_LINEAR.search(name) and tensor.dim() == 2:
-                    codes, scale = quantize_weight(tensor, limit)
+                    codes, scale = weights.quantize(tensor, target)
                     tensors[name] = codes
                     tensors[name.removesuffix("weight") + "weight_scale"] = scale
                     quantized += 1

@@ -26,16 +26,12 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
-from vllm_neuron_rmsq import backends, ops, settings
-from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq import backends, ops, settings, target, weights
 from vllm_neuron_rmsq.layers.activation import PACKED_KEY, NormOutputProbe
 
 # Dynamic per-tensor activations are computed per token, which is finer, as vLLM itself does on CUDA.
 ACTIVATION_KEYS = (kFp8DynamicTokenSym, kFp8DynamicTensorSym)
 WEIGHT_KEYS = (kFp8StaticChannelSym, kFp8StaticTensorSym)
-
-ROWS_AT_A_TIME = 1024
-"""Weight rows converted at once while halving: bounds the bf16 copy."""
 
 
 class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
@@ -66,7 +62,7 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
     def __init__(self, c: FP8ScaledMMLinearLayerConfig, layer_param_names) -> None:
         super().__init__(c, layer_param_names)
         choice = settings.current()
-        self.target = choice.target
+        self.target = target.get(choice.target)
         backend, reason = backends.for_serving(choice.backend, current_platform.device_type)
         assert backend is not None, f"PackedFp8LinearKernel {reason}"  # is_supported() said so
         self.backend = backend
@@ -93,16 +89,8 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
             )
         codes = weight.t().contiguous().view(torch.uint8)
         scale = scale.reshape(-1).float()
-        largest = int((codes & 0x7F).amax())
-        if largest == fmt.NAN_CODE or not scale.isfinite().all():
-            raise ValueError(
-                "weight: holds NaN or Inf in its codes or scales; the checkpoint is corrupt or was quantized "
-                "from a corrupt one"
-            )
-        halved = self.target == "trn2" and largest > fmt.MAX_TRN2_CODE
+        codes, scale, halved = weights.fit(codes, scale, self.target)
         layer.rmsq_halved = halved  # type: ignore[assignment]
-        if halved:
-            codes, scale = halve(codes, scale)
         prepacked = ops.prepack_fp8_weight(codes, scale, self.backend)
         replace_parameter(layer, weight_name, torch.nn.Parameter(prepacked.data, requires_grad=False))
         replace_parameter(layer, scale_name, torch.nn.Parameter(scale, requires_grad=False))
@@ -136,24 +124,3 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
 
     def apply_scaled_mm(self, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("PackedFp8LinearKernel multiplies packed rows in apply_weights")
-
-
-def halve(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring FP8 weights of the OCP range (±448) within Trainium2's (±240): half the codes, twice the scale.
-
-    Exact but for the odd ones among the smallest subnormals, which round to even; the customary factor
-    240/448 rounds nearly every weight anew.
-
-    Args:
-        codes: ``[N, H]`` uint8, e4m3fn codes without NaN.
-        scale: ``[N]`` or ``[1]`` fp32.
-
-    Returns:
-        new ``codes`` and ``scale`` of the same shapes.
-    """
-    halved = torch.empty_like(codes)
-    for start in range(0, codes.shape[0], ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        values = codes[rows].view(torch.float8_e4m3fn).to(torch.bfloat16) * 0.5
-        halved[rows] = values.to(torch.float8_e4m3fn).view(torch.uint8)
-    return halved, scale * 2

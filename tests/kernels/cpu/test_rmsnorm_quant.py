@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_neuron_rmsq import ops, packed, reference
 from vllm_neuron_rmsq.backends import cpu
+from vllm_neuron_rmsq.target import TARGETS
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -106,7 +107,7 @@ def test_exact_ties_go_to_even():
 @pytest.mark.parametrize("target", ["trn2", "trn3"])
 def test_conversion_is_torchs(target):
     """Every code, every boundary between two, and one fp32 step to each side of it."""
-    limit = packed.fp8_max(target)
+    limit = TARGETS[target].fp8_max
     centers = torch.from_numpy(oracle.VALUES).float()
     bounds = torch.from_numpy(oracle.BOUNDARIES).float()
     around = [bounds, bounds.nextafter(torch.tensor(0.0)), bounds.nextafter(torch.tensor(math.inf))]
@@ -253,11 +254,11 @@ def test_rows_that_overlap_and_memory_that_is_not_aligned():
 
 def test_opcheck():
     hidden, weight = randn(2, 3, 40), randn(40)
-    arguments = (None, 1e-6, 0.0, 240.0)
-    torch.library.opcheck(OP.cpu, (hidden, weight, *arguments))
-    torch.library.opcheck(OP.cpu, (hidden[..., ::2], None, torch.tensor([0.5]), 1e-6, 0.5, 448.0))
+    torch.library.opcheck(OP.cpu, (hidden, weight, 1e-6, 0.0, None, 240.0))
+    torch.library.opcheck(OP.cpu, (hidden[..., ::2], None, 1e-6, 0.5, torch.tensor([0.5]), 448.0))
     torch.library.opcheck(
-        ADD_OP.cpu, (hidden, hidden.transpose(0, 1).contiguous().transpose(0, 1), weight, *arguments)
+        ADD_OP.cpu,
+        (hidden, weight, 1e-6, hidden.transpose(0, 1).contiguous().transpose(0, 1), 0.0, None, 240.0),
     )
 
 
@@ -288,11 +289,11 @@ def test_the_op_itself_refuses_bad_arguments(case):
     changes, message = BAD[case]
     arguments = {
         "hidden": randn(2, 40),
-        "residual": randn(2, 40, seed=1),
         "weight": randn(40),
-        "static_scale": None,
         "eps": 1e-6,
+        "residual": randn(2, 40, seed=1),
         "lower_bound": 0.0,
+        "static_scale": None,
         "fp8_max": 240.0,
     } | changes
     with pytest.raises(ValueError, match=message):
@@ -305,4 +306,4 @@ def test_the_op_itself_refuses_bad_arguments(case):
 
 def test_sparse_tensors_never_reach_the_kernel():
     with pytest.raises(NotImplementedError, match="SparseCPU"):
-        OP.cpu(torch.eye(40).to_sparse(), None, None, 1e-6, 0.0, 240.0)
+        OP.cpu(torch.eye(40).to_sparse(), None, 1e-6, 0.0, None, 240.0)
