@@ -193,7 +193,7 @@ class Kernels:
         Raises:
             ValueError: rows wider than the kernel takes, or codes that this hardware has not.
         """
-        from vllm_neuron_rmsq.kernels.nki import silu_mul_quant as source  # type: ignore[attr-defined]
+        from vllm_neuron_rmsq.kernels.nki import silu_mul_quant as source
 
         width = gate_up.shape[-1] // 2
         if width > source.MAX_I:
