@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # no Neuron SDK: the simulator's namespace
     from .simulator.nki import language as nl
 
 from .common import SCALE_BYTES, copy_to_partitions, fp8_dtype, share
-from .rmsnorm_quant import DtypeMode
+from .rms_norm_quant import DtypeMode
 
 MAX_T = 32768
 """Most rows of one call."""

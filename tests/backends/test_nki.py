@@ -15,7 +15,7 @@ import torch
 from vllm_neuron_rmsq import backends, ops, reference, settings
 from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.backends import nki, nki_sim
-from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear, rmsnorm_quant
+from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear, rms_norm_quant
 from vllm_neuron_rmsq.kernels.nki.simulator import simulate
 from vllm_neuron_rmsq.target import TRN2, TRN3
 
@@ -138,7 +138,7 @@ class TestLaunch:
                 monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", cores)
             ops.rms_norm_quant(hidden, weight, backend="nki")
             kernel, grid, _ = sdk.launched[-1]
-            assert kernel is rmsnorm_quant.rmsnorm_quant_bytes_kernel
+            assert kernel is rms_norm_quant.rms_norm_quant_bytes_kernel
             assert grid == expected
         assert len(sdk.wrapped) == 1
 
@@ -172,8 +172,8 @@ class TestLaunch:
         assert set(sdk.launched[-1][2]) == {"hidden", "eps", "lower_bound"}
         ops.rms_norm_quant(hidden, weight, residual=hidden, static_scale=0.5, backend="nki")
         arguments = sdk.launched[-1][2]
-        assert set(arguments) == {"hidden", "residual", "ln_w", "input_dequant_scale", "eps", "lower_bound"}
-        assert arguments["input_dequant_scale"].shape == (128, 1)
+        assert set(arguments) == {"hidden", "residual", "weight", "static_scale", "eps", "lower_bound"}
+        assert arguments["static_scale"].shape == (128, 1)
         packed = ops.rms_norm_quant(hidden, weight, backend="nki")
         ops.packed_fp8_linear(packed, torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8), backend="nki")
         kernel, _, arguments = sdk.launched[-1]
@@ -188,7 +188,7 @@ class TestLaunch:
         packed = ops.rms_norm_quant(hidden, weight, target="trn3", backend="nki")
         assert sdk.launched[-1][2]["ocp"] is True
         ops.packed_fp8_linear(packed, torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8), backend="nki")
-        assert sdk.launched[-1][2]["dtype_mode"] == rmsnorm_quant.DtypeMode.OCP
+        assert sdk.launched[-1][2]["dtype_mode"] == rms_norm_quant.DtypeMode.OCP
 
     def test_platform_is_the_bindings(self, sdk, monkeypatch):
         assert nki.platform() is TRN2
@@ -217,7 +217,7 @@ class TestSplitting:
         torch.testing.assert_close(fmt.unpack(got)[1], fmt.unpack(want)[1], rtol=1e-5, atol=0)
 
     def test_more_rows_than_the_norm_kernel_takes(self, sdk):
-        rows = rmsnorm_quant.MAX_B * rmsnorm_quant.MAX_S + 1
+        rows = rms_norm_quant.MAX_B * rms_norm_quant.MAX_S + 1
         hidden = torch.randn(rows, 2)
         got, total = ops.rms_norm_quant(hidden, None, residual=hidden, backend="nki")
         assert [call[2]["hidden"].shape[0] for call in sdk.launched] == [

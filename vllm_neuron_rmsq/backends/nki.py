@@ -164,20 +164,20 @@ class Kernels:
         Raises:
             ValueError: rows wider than the kernel takes, or codes that this hardware has not.
         """
-        from vllm_neuron_rmsq.kernels.nki import rmsnorm_quant as source
+        from vllm_neuron_rmsq.kernels.nki import rms_norm_quant as source
 
         width = hidden.shape[-1]
         if width > source.MAX_H:
             raise ValueError(f"hidden: expected H <= {source.MAX_H} (the NKI kernel's limit), got {width}")
         arguments: dict[str, Any] = {"eps": eps, "lower_bound": lower_bound}
         if weight is not None:
-            arguments["ln_w"] = weight
+            arguments["weight"] = weight
         if static_scale is not None:
-            arguments["input_dequant_scale"] = _on_every_partition(static_scale)
+            arguments["static_scale"] = _on_every_partition(static_scale)
         arguments |= self._mode(target)
         rows = {"hidden": hidden} if residual is None else {"hidden": hidden, "residual": residual}
         results = self._by_rows(
-            source.rmsnorm_quant_bytes_kernel, rows, arguments, source.MAX_B * source.MAX_S
+            source.rms_norm_quant_bytes_kernel, rows, arguments, source.MAX_B * source.MAX_S
         )
         if not results:  # no rows
             tail = fmt.SCALE_BYTES if static_scale is None else 0
@@ -269,7 +269,7 @@ class Kernels:
     ) -> Tensor:
         """See :class:`~vllm_neuron_rmsq.backends.base.Functions`."""
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
-        from vllm_neuron_rmsq.kernels.nki.rmsnorm_quant import DtypeMode
+        from vllm_neuron_rmsq.kernels.nki.rms_norm_quant import DtypeMode
 
         arguments: dict[str, Any] = {"weight": weight, "weight_scale": weight_scale}
         if bias is not None:

@@ -14,7 +14,7 @@ import torch
 
 from vllm_neuron_rmsq import ops, reference
 from vllm_neuron_rmsq import packed as fmt
-from vllm_neuron_rmsq.kernels.nki import rmsnorm_quant as source
+from vllm_neuron_rmsq.kernels.nki import rms_norm_quant as source
 from vllm_neuron_rmsq.kernels.nki.rmsnorm_quant import (
     DtypeMode,
     NormType,
