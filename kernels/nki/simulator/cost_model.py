@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from . import hardware
 from . import machine as _machine
 from .errors import kernel_line
-from .hardware import ACCUMULATOR_READ, MIN_CYCLES, VECTOR_RECIPROCAL
+from .hardware import ACCUMULATOR_READ, MEASURED, MIN_CYCLES, VECTOR_RECIPROCAL, Latencies
 from .hazards import Region
 from .schedule import DMA_IN, DMA_OUT, Program, Schedule, schedule
 
@@ -175,7 +175,7 @@ class Recorder:
     program: Program = field(default_factory=Program)
     reads: list[Region] = field(default_factory=list)
     writes: list[Region] = field(default_factory=list)
-    _schedules: dict[tuple[bool, bool], Schedule] = field(default_factory=dict)
+    _schedules: dict[tuple[bool, bool, int], Schedule] = field(default_factory=dict)
 
     def issue(self, name: str, engine: str, busy: float, tiles: list[NkiTensor], careful: float) -> None:
         """An instruction of a compute engine: `busy` cycles, `careful` under the slower reading."""
@@ -204,7 +204,7 @@ class Recorder:
         if min(_run_bytes(t) for t in (dst, *sources)) < hardware.DMA_GOOD_RUN_BYTES:
             self.short_run_bytes += moved
         small = max(1.0, hardware.DMA_SMALL_RUN_BYTES / min(_run_bytes(t) for t in (dst, *sources)))
-        us = moved * small / (hardware.DMA_ENGINES * hardware.DMA_BYTES_PER_NS * share) / 1e3
+        us = moved * small / (_dma_engines(dst, *sources) * hardware.DMA_BYTES_PER_NS * share) / 1e3
         self._add(name, DMA_IN if dst.on_chip else DMA_OUT, us, us, False)
 
     def _add(self, name: str, engine: str, us: float, careful_us: float, shared_port: bool) -> None:
@@ -212,11 +212,13 @@ class Recorder:
         self.program.add(name, engine, us, careful_us, shared_port, self.reads, self.writes, kernel_line())
         self.reads, self.writes = [], []
 
-    def schedule(self, careful: bool = False, reorder: bool = False) -> Schedule:
+    def schedule(
+        self, careful: bool = False, reorder: bool = False, latencies: Latencies = MEASURED
+    ) -> Schedule:
         """When each instruction would run (``schedule.py``), computed once for each way to ask."""
-        key = (careful, reorder)
+        key = (careful, reorder, id(latencies))
         if key not in self._schedules:
-            self._schedules[key] = schedule(self.program, *key)
+            self._schedules[key] = schedule(self.program, careful, reorder, latencies)
         return self._schedules[key]
 
     @property
@@ -238,6 +240,12 @@ def _fast_mode(name: str, tiles: list[NkiTensor]) -> bool:
     )
 
 
+def _dma_engines(*tensors: NkiTensor) -> int:
+    """How many DMA engines move a transfer: one for every 8 partitions of SBUF, all from HBM to HBM."""
+    partitions = min((t.shape[0] for t in tensors if t.on_chip), default=hardware.PARTITIONS)
+    return -(-partitions // hardware.DMA_PARTITIONS)
+
+
 def _side(t: NkiTensor) -> str:
     return "SBUF" if t.on_chip else "HBM"
 
@@ -249,13 +257,15 @@ class CostReport:
         self.programs = programs
         self.worst = max(programs, key=lambda p: p.time_us)
 
-    def schedule(self, careful: bool = False, reorder: bool = False) -> Schedule:
+    def schedule(
+        self, careful: bool = False, reorder: bool = False, latencies: Latencies = MEASURED
+    ) -> Schedule:
         """The schedule of the program that takes longest (see :func:`schedule.schedule`)."""
-        return max((p.schedule(careful, reorder) for p in self.programs), key=lambda s: s.us)
+        return max((p.schedule(careful, reorder, latencies) for p in self.programs), key=lambda s: s.us)
 
     @property
     def scheduled_us(self) -> float:
-        """Scheduled time in microseconds."""
+        """Scheduled time in microseconds, without the launch."""
         return self.schedule().us
 
     @property

@@ -95,14 +95,44 @@ DMA_TRANSPOSE_ON_CHIP = 0.5  # [T2] the same, SBUF to SBUF
 DMA_GOOD_RUN_BYTES = 2048  # [DMA] contiguous bytes from which on bandwidth approaches its peak
 HBM_BYTES_PER_NS = 3000.0 / 8  # [T2] 3 TB/s of a device shared by its 8 NeuronCores
 
-# What the schedule adds (schedule.py).
-PIPELINE_CYCLES = 60  # from the last cycle of an instruction's work to its result; of its engine's clock
-SEMAPHORE_US = 0.06  # from one engine's result to another's start
-DMA_LATENCY_US = 2.0  # [DMA] from a transfer's last byte to its result
+
+# What the schedule adds. [M] is a public record of single instructions and transfers measured on
+# Trainium2: Joejoedesu/voyager-compiler, timing_trainium2.json and {isa,operand,native}_characterization.json
+# (October 2026, neuronx-cc 2.22). docs/kernels/cost_model.md: how well either set meets AWS's records.
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """How long results take to be there, in microseconds.
+
+    pipeline: from the last cycle of an instruction's work to its result, by engine. matmul: the same of
+    TensorE in parts of the work's own length, on top. semaphore: from one engine's result to another's
+    start. dma: from a transfer's last byte to its result, with all that comes before its first byte.
+    dma_issue: a queue takes one transfer in this time.
+    """
+
+    pipeline: dict[str, float]
+    matmul: float
+    semaphore: float
+    dma: float
+    dma_issue: float
+
+
+MEASURED = Latencies(
+    # [M] VectorE 0.14 to 0.16, ScalarE's activations 0.26 to 0.29, GpSimdE 0.05 after its 150 cycles
+    pipeline={"TensorE": 0.20, "VectorE": 0.155, "ScalarE": 0.29, "GpSimdE": 0.05},
+    matmul=1.0,  # [M] bf16: complete 0.2 us and twice the work's length after its start
+    semaphore=0.06,  # an assumption
+    dma=2.0,  # [M] 1.96 into SBUF, 1.69 out of it
+    dma_issue=0.6,  # [M]
+)
+DOCUMENTED = Latencies(
+    pipeline={engine: 60 / clock / 1e3 for engine, clock in CLOCK_GHZ.items()},  # [T1] 60 cycles an access
+    matmul=0.0,
+    semaphore=0.06,
+    dma=2.0,  # [DMA] has 1.3 from semaphore to start
+    dma_issue=0.0,
+)
 DMA_SMALL_RUN_BYTES = 512  # [DMA] contiguous pieces below are charged as this many bytes
-LAUNCH_US = 0.0  # before the first instruction
-
-
-def pipeline_us(engine: str) -> float:
-    """From the last cycle of an instruction's work on `engine` to its result, in microseconds."""
-    return PIPELINE_CYCLES / CLOCK_GHZ[engine] / 1e3
+DMA_PARTITIONS = PARTITIONS // DMA_ENGINES  # nki-dma-overview.rst: one engine moves 8 partitions of SBUF
+LAUNCH_US = 10.0  # fitted to AWS's records: what a launch takes beside the kernel's own work; [M] has 9.4

@@ -4,15 +4,17 @@ Every engine runs its instructions in program order, one after another, and so d
 (whatever ends in SBUF) and ``DMA out`` (the rest). An instruction starts when its engine is free and all it
 depends on, by bytes (``hazards.py``), is there:
 
-* an instruction's result is there its own cycles and the pipeline's after its start; between engines a
-  semaphore comes on top. On one engine only reading what an earlier instruction wrote waits for the pipeline;
-* a DMA's result is there the DMA latency after its last byte. Both queues share the DMA engines' bandwidth;
-  pieces that are small are charged as larger ones;
-* VectorE's faster modes and GpSimdE use one port to SBUF: they exclude each other, the first come first;
-* a launch has a fixed cost.
+* an instruction's result is there its own cycles and the pipeline's latency after its start; between engines
+  a semaphore comes on top. On one engine only reading what an earlier instruction wrote waits for the
+  pipeline;
+* a transfer's result is there the DMA latency after its last byte. Transfers of both queues share the DMA
+  engines' bandwidth; pieces that are small are charged as larger ones, and a tensor on few partitions keeps
+  few DMA engines busy;
+* VectorE's faster modes and GpSimdE use one port to SBUF: they exclude each other, the first come first.
 
-The figures are in ``hardware.py``, which says where each comes from and which were fitted to recorded times
-of AWS's own kernel (docs/kernels/cost_model.md has the errors).
+What a launch takes beside that, ``hardware.LAUNCH_US``, is not in any figure here. Latencies are in
+``hardware.py``, which says where each comes from; docs/kernels/cost_model.md has the errors against times
+that AWS recorded for its own kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import hardware
+from .hardware import MEASURED, Latencies
 from .hazards import READ_AFTER_WRITE, Hazards, Region
 
 DMA_IN, DMA_OUT = "DMA in", "DMA out"
@@ -208,21 +210,29 @@ class Schedule:
         figure.savefig(path)
 
 
-def schedule(program: Program, careful: bool = False, reorder: bool = False) -> Schedule:
+def schedule(
+    program: Program, careful: bool = False, reorder: bool = False, latencies: Latencies = MEASURED
+) -> Schedule:
     """Schedule `program`.
 
     careful: the slower reading of VectorE's 16-bit modes. reorder: an engine takes the first instruction
     that need not wait, whatever its place in the program, as a compiler that is free to reorder might
-    have it; the bytes' order is kept.
+    have it; the bytes' order is kept. latencies: of ``hardware.py``.
     """
-    return _Simulation(program.instructions, careful, reorder).run()
+    return _Simulation(program.instructions, careful, reorder, latencies).run()
+
+
+_READY, _DONE, _FREE = 0, 1, 2  # events: operands are there; an engine's work is done; a queue takes another
 
 
 class _Simulation:
     """Discrete events: an instruction's operands are there, an engine is free, bytes have arrived."""
 
-    def __init__(self, instructions: list[Instruction], careful: bool, reorder: bool) -> None:
+    def __init__(
+        self, instructions: list[Instruction], careful: bool, reorder: bool, latencies: Latencies
+    ) -> None:
         self.instructions, self.careful, self.reorder = instructions, careful, reorder
+        self.latencies = latencies
         self.steps = [Step(i) for i in instructions]
         self.missing = [len(i.depends) for i in instructions]
         self.ready = [0.0] * len(instructions)  # when its operands are there
@@ -237,26 +247,28 @@ class _Simulation:
         self.position = dict.fromkeys(self.queue, 0)
         self.available: dict[str, list[int]] = {engine: [] for engine in self.queue}
         self.running: dict[str, int] = dict.fromkeys(self.queue, -1)
-        self.free: dict[str, float] = dict.fromkeys(self.queue, hardware.LAUNCH_US)
+        self.free: dict[str, float] = dict.fromkeys(self.queue, 0.0)
         self.latest: dict[str, int] = dict.fromkeys(self.queue, -1)
         self.moving: dict[str, float] = {}  # us of all DMA engines that a queue's transfer still needs
         self.now = 0.0
-        self.events: list[tuple[float, int, int]] = []  # time, 0: it is ready, 1: its engine is done; index
+        self.events: list[tuple[float, int, int]] = []  # time, what, index
 
     def run(self) -> Schedule:
-        self.now = hardware.LAUNCH_US
         for index, missing in enumerate(self.missing):
             if not missing:
                 self.ready[index] = self.now
-                heapq.heappush(self.events, (self.now, 0, index))
+                heapq.heappush(self.events, (self.now, _READY, index))
         while self.events or self.moving:
             self._advance()
             while self.events and self.events[0][0] <= self.now:
                 _, kind, index = heapq.heappop(self.events)
-                if kind == 0:
-                    heapq.heappush(self.available[self.instructions[index].engine], index)
-                else:
+                engine = self.instructions[index].engine
+                if kind == _READY:
+                    heapq.heappush(self.available[engine], index)
+                elif kind == _DONE:
                     self._end(index)
+                else:
+                    self._free(engine, index)
             self._start_all()
         return Schedule(self.steps)
 
@@ -324,18 +336,21 @@ class _Simulation:
         if engine in QUEUES:
             self.moving[engine] = us
         else:
-            heapq.heappush(self.events, (self.now + us, 1, index))
+            heapq.heappush(self.events, (self.now + us, _DONE, index))
 
     def _end(self, index: int) -> None:
-        """The engine is through with it: the next one may start; results follow."""
+        """Its work is done: the next one may start; results follow."""
         instruction, step = self.instructions[index], self.steps[index]
         engine = instruction.engine
         step.end = self.now
-        latency = hardware.DMA_LATENCY_US if engine in QUEUES else hardware.pipeline_us(engine)
-        step.done = step.end + latency
-        self.running[engine], self.free[engine], self.latest[engine] = -1, self.now, index
+        step.done = step.end + self._latency(step)
+        issued = step.start + self.latencies.dma_issue
+        if engine in QUEUES and issued > self.now:
+            heapq.heappush(self.events, (issued, _FREE, index))
+        else:
+            self._free(engine, index)
         for user in self.users[index]:
-            there = step.done + hardware.SEMAPHORE_US
+            there = step.done + self.latencies.semaphore
             if self.instructions[user].engine == engine:
                 # In order behind it: only what it wrote has to come out of the pipeline first.
                 there = step.done if self.instructions[user].depends[index] == READ_AFTER_WRITE else step.end
@@ -343,4 +358,15 @@ class _Simulation:
                 self.ready[user], self.cause[user] = there, index
             self.missing[user] -= 1
             if not self.missing[user]:
-                heapq.heappush(self.events, (max(self.now, self.ready[user]), 0, user))
+                heapq.heappush(self.events, (max(self.now, self.ready[user]), _READY, user))
+
+    def _free(self, engine: str, index: int) -> None:
+        self.running[engine], self.free[engine], self.latest[engine] = -1, self.now, index
+
+    def _latency(self, step: Step) -> float:
+        """From the end of an instruction's work to its result."""
+        engine, latencies = step.instruction.engine, self.latencies
+        if engine in QUEUES:
+            return latencies.dma
+        tail = latencies.matmul * (step.end - step.start) if engine == "TensorE" else 0.0
+        return latencies.pipeline[engine] + tail

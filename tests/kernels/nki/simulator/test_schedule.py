@@ -11,12 +11,12 @@ from vllm_neuron_rmsq.kernels.nki.simulator.nki import language as nl
 
 N = 960  # elements per lane: 1 us on VectorE at one a cycle, 0.8 us on ScalarE
 V, S = 1.0, 0.8
-SEMAPHORE = hardware.SEMAPHORE_US
-LAUNCH = hardware.LAUNCH_US
+LATENCIES = hardware.MEASURED
+SEMAPHORE = LATENCIES.semaphore
 
 
 def pipe(engine):
-    return hardware.pipeline_us(engine)
+    return LATENCIES.pipeline[engine]
 
 
 def tile(dtype=nl.float32, n=N):
@@ -38,7 +38,7 @@ def steps(body, **options):
 
 
 def starts(schedule):
-    return [step.start - LAUNCH for step in schedule.steps]
+    return [step.start for step in schedule.steps]
 
 
 def vector(dst, src):
@@ -74,7 +74,7 @@ def test_read_after_write_waits_for_the_pipeline_and_between_engines_for_a_semap
     schedule = steps(body)
     assert starts(schedule) == pytest.approx([0, V + pipe("VectorE"), V + pipe("VectorE") + SEMAPHORE])
     assert [s.instruction.depends for s in schedule.steps] == [{}, {0: "RAW"}, {0: "RAW"}]
-    assert schedule.us - LAUNCH == pytest.approx(2 * V + 2 * pipe("VectorE"))
+    assert schedule.us == pytest.approx(2 * V + 2 * pipe("VectorE"))
 
 
 def test_write_after_read_and_write_after_write():
@@ -157,13 +157,13 @@ def test_queues_share_the_bandwidth_and_have_a_latency():
         nisa.dma_copy(dst=y, src=a)  # out: after the first's latency, sharing with the second
 
     schedule = steps(body)
-    out = us + hardware.DMA_LATENCY_US + SEMAPHORE
+    out = us + LATENCIES.dma + SEMAPHORE
     assert starts(schedule) == pytest.approx([0, us, out])
     left = 2 * us - out  # what the second still needs when the third starts; then each has half
     assert left > 0
-    assert schedule.steps[1].end - LAUNCH == pytest.approx(out + 2 * left)
-    assert schedule.steps[2].end - LAUNCH == pytest.approx(3 * us)
-    assert schedule.us == pytest.approx(schedule.steps[2].end + hardware.DMA_LATENCY_US)
+    assert schedule.steps[1].end == pytest.approx(out + 2 * left)
+    assert schedule.steps[2].end == pytest.approx(3 * us)
+    assert schedule.us == pytest.approx(schedule.steps[2].end + LATENCIES.dma)
 
 
 def test_small_pieces_are_charged_as_larger_ones():
@@ -173,6 +173,40 @@ def test_small_pieces_are_charged_as_larger_ones():
     report = steps(body)
     step = report.steps[0]
     assert step.end - step.start == pytest.approx(128 * 512 / (16 * 23.0) / 1e3)
+
+
+def test_few_partitions_keep_few_dma_engines_busy():
+    """One engine moves 8 partitions: 4 rows take as long as 8, and 12 as long as 16."""
+
+    def body(x, y):
+        for rows in (4, 8, 12, 128):
+            t = nl.ndarray((rows, 4096), dtype=nl.float32, buffer=nl.sbuf)
+            nisa.dma_copy(dst=t, src=x[0:rows, :])
+
+    schedule = steps(body)
+    us = 8 * 4096 * 4 / 23.0 / 1e3
+    assert [s.end - s.start for s in schedule.steps] == pytest.approx([us / 2, us, us * 12 / 16, us])
+
+
+def test_a_queue_takes_a_transfer_at_most_so_often():
+    def body(x, y):
+        for _ in range(3):
+            nisa.dma_copy(dst=tile(n=128), src=x[:, 0:128])
+
+    assert starts(steps(body)) == pytest.approx([0, LATENCIES.dma_issue, 2 * LATENCIES.dma_issue])
+    assert starts(steps(body, latencies=hardware.DOCUMENTED))[1] == pytest.approx(128 * 512 / 368e3)
+
+
+def test_a_matmul_results_twice_its_length_later():
+    def body(x, y):
+        a = filled(nl.bfloat16, 512)
+        product = nl.ndarray((128, 512), dtype=nl.float32, buffer=nl.psum)
+        nisa.nc_matmul(product, a[:, 0:128], a)
+        vector(tile(n=512), product)
+
+    matmul = steps(body).steps[1]
+    assert matmul.end - matmul.start == pytest.approx(512 / 2.4e3)
+    assert matmul.done - matmul.end == pytest.approx(pipe("TensorE") + 512 / 2.4e3)
 
 
 def test_fast_modes_of_vectore_and_gpsimde_exclude_each_other():
