@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import functools
 import os
-
-from vllm import envs
-
-from vllm_neuron_rmsq.settings import PREFIX, choices
+from collections.abc import Callable, Iterable
 
 
-def apply() -> None:
-    """Add the variables; a second call changes nothing."""
-    for key in choices():
-        name = PREFIX + key.upper()
-        envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
+def apply(known: dict[str, Callable], names: Iterable[str]) -> None:
+    """Add ``names`` to ``known``, vLLM's variables; a second call changes nothing."""
+    for name in names:
+        known.setdefault(name, functools.partial(os.environ.get, name))

@@ -1,7 +1,8 @@
 """Patch: the packed FP8 linear kernel is asked before vLLM's own.
 
-What: moves our class to the front of the platform's list of FP8 kernels, right after registering it with
-    the public ``register_linear_kernel``.
+What: moves our class to the front of the platform's list of FP8 kernels, ``_POSSIBLE_FP8_KERNELS`` in
+    ``vllm.model_executor.kernels.linear``, right after registering it with the public
+    ``register_linear_kernel``.
 Why: registration appends and selection takes the first kernel that can implement a layer, so a kernel
     registered from outside would only ever get what the stock ones refuse.
 Versions: vLLM 0.32 (``register_linear_kernel`` as of 0.19).
@@ -10,17 +11,21 @@ Delete when: ``register_linear_kernel`` takes a priority.
 
 from __future__ import annotations
 
-from vllm.model_executor.kernels import linear
-from vllm.platforms import current_platform
-
-from vllm_neuron_rmsq.layers.fp8_linear import PackedFp8LinearKernel
+from collections.abc import Callable
+from typing import Any
 
 
-def apply() -> None:
-    """Register the kernel for the current platform and put it first, once."""
-    platform = current_platform._enum
-    if PackedFp8LinearKernel in linear._POSSIBLE_FP8_KERNELS.get(platform, []):
+def apply(kernel: type, platform: Any, register: Callable, kernels: dict[Any, list[type]]) -> None:
+    """Register ``kernel`` for ``platform`` and put it first in ``kernels[platform]``, once.
+
+    Args:
+        kernel: an FP8 linear kernel class.
+        platform: the key of vLLM's platform.
+        register: vLLM's ``register_linear_kernel``.
+        kernels: vLLM's ``_POSSIBLE_FP8_KERNELS``.
+    """
+    if kernel in kernels.get(platform, []):
         return
-    linear.register_linear_kernel(PackedFp8LinearKernel, platform, "fp8")
-    kernels = linear._POSSIBLE_FP8_KERNELS[platform]
-    kernels.insert(0, kernels.pop())
+    register(kernel, platform, "fp8")
+    order = kernels[platform]
+    order.insert(0, order.pop())

@@ -24,8 +24,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
-from vllm_neuron_rmsq import fusion
 from vllm_neuron_rmsq.cli.quantize import quantize
+from vllm_neuron_rmsq.integrations.vllm.report import FusionReport
 
 SIZES = {
     "hidden_size": 128,
@@ -107,7 +107,7 @@ class Loaded:
             init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
             self.model = get_model(vllm_config=self.config)
-        self.report: fusion.FusionReport | None = getattr(self.model, "rmsq_report", None)
+        self.report: FusionReport | None = getattr(self.model, "rmsq_report", None)
 
     def logits(self, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
         """Return ``[T, vocabulary]`` logits of one causal prefill, without KV cache."""

@@ -19,8 +19,8 @@ from vllm.platforms import current_platform
 
 import vllm_neuron_rmsq
 from vllm_neuron_rmsq import ops, packed, reference, settings
-from vllm_neuron_rmsq.layers.activation import PACKED_KEY, PackedActivation
-from vllm_neuron_rmsq.layers.fp8_linear import PackedFp8LinearKernel
+from vllm_neuron_rmsq.integrations.vllm.activation import PACKED_KEY, PackedActivation
+from vllm_neuron_rmsq.integrations.vllm.linear import PackedFp8LinearKernel
 
 NAMES = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
 N, H = 48, 96

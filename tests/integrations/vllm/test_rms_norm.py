@@ -11,8 +11,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 
 import vllm_neuron_rmsq
 from vllm_neuron_rmsq import reference
-from vllm_neuron_rmsq.layers.activation import PACKED_KEY, PackedActivation
-from vllm_neuron_rmsq.layers.rms_norm_quant import Binding, RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm import schemes
+from vllm_neuron_rmsq.integrations.vllm.activation import PACKED_KEY, PackedActivation
+from vllm_neuron_rmsq.integrations.vllm.rms_norm import Binding, RMSNormQuant
 
 H = 96
 
@@ -47,7 +48,7 @@ def test_unbound_is_stock(norm, with_residual):
 
 @pytest.mark.parametrize("shape", [(3, H), (1, 3, H)])
 def test_bound_returns_packed_rows(norm, shape):
-    norm.binding = Binding("torch", "trn2")
+    norm.binding = Binding(schemes.SCHEMES[0], "torch", "trn2")
     x, residual = torch.randn(shape, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16)
     options = {"eps": 1e-5, "target": "trn2"}
     out = norm(x)
@@ -61,7 +62,7 @@ def test_bound_returns_packed_rows(norm, shape):
 
 
 def test_packed_activation_is_vllms_contract_and_strays_loudly(norm):
-    norm.binding = Binding("torch", "trn2")
+    norm.binding = Binding(schemes.SCHEMES[0], "torch", "trn2")
     out = norm(torch.randn(2, H, dtype=torch.bfloat16))
     assert isinstance(out, QuantizedActivation) and isinstance(out, PackedActivation)
     assert as_quantized_activation(out, PACKED_KEY) is out
@@ -73,7 +74,7 @@ def test_packed_activation_is_vllms_contract_and_strays_loudly(norm):
 
 
 def test_compiles_without_graph_breaks(norm):
-    norm.binding = Binding("torch", "trn2")
+    norm.binding = Binding(schemes.SCHEMES[0], "torch", "trn2")
     x = torch.randn(5, H, dtype=torch.bfloat16)
 
     def run(x, residual):
@@ -84,3 +85,12 @@ def test_compiles_without_graph_breaks(norm):
     for rows in (x, x[:3]):
         for got, expected in zip(compiled(rows, rows), run(rows, rows), strict=True):
             assert got == expected if isinstance(got, int) else torch.equal(got, expected)
+
+
+def test_norms_that_the_op_cannot_compute_are_unfit(norm):
+    assert norm.unfit() == ""
+    norm.variance_size_override = 32
+    assert norm.unfit() == "it normalizes by a part of the row"
+    norm.variance_size_override = None
+    norm.weight = torch.nn.Parameter(torch.ones(H, dtype=torch.float64))
+    assert norm.unfit() == "its weight is torch.float64"

@@ -11,64 +11,47 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm import envs
-from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
-    FP8ScaledMMLinearKernel,
-    FP8ScaledMMLinearLayerConfig,
-)
-from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, as_quantized_activation
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    kFp8DynamicTensorSym,
-    kFp8DynamicTokenSym,
-    kFp8StaticChannelSym,
-    kFp8StaticTensorSym,
-)
-from vllm.model_executor.utils import replace_parameter
-from vllm.platforms import current_platform
 
 from vllm_neuron_rmsq import backends, ops, settings, target, weights
-from vllm_neuron_rmsq.layers.activation import PACKED_KEY, NormOutputProbe
-
-# Dynamic per-tensor activations are computed per token, which is finer, as vLLM itself does on CUDA.
-ACTIVATION_KEYS = (kFp8DynamicTokenSym, kFp8DynamicTensorSym)
-WEIGHT_KEYS = (kFp8StaticChannelSym, kFp8StaticTensorSym)
+from vllm_neuron_rmsq.integrations.vllm import schemes, versions
+from vllm_neuron_rmsq.integrations.vllm.versions import (
+    FP8ScaledMMLinearKernel,
+    FP8ScaledMMLinearLayerConfig,
+    QuantizedActivation,
+    as_quantized_activation,
+    replace_parameter,
+)
 
 
 class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
     """Multiplies packed rows by an FP8 weight with a per-channel or per-tensor scale.
 
     Takes a ``PackedActivation`` from a fused norm as it is; anything else it quantizes and packs itself,
-    by the same contract (``ops.rms_norm_quant`` without a norm).
+    by the same contract.
     """
-
-    probing = False
-    """While the fusion looks who reads what, multiplying would be wasted: results are zeros."""
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        if envs.VLLM_BATCH_INVARIANT:
+        if versions.VLLM_BATCH_INVARIANT:
             return False, "keeps its weight in a layout of its own, which VLLM_BATCH_INVARIANT=1 reads"
-        backend, reason = backends.for_serving(settings.current().backend, current_platform.device_type)
+        backend, reason = _backend()
         return (True, None) if backend else (False, reason)
 
     @classmethod
     def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
-        if c.activation_quant_key not in ACTIVATION_KEYS:
-            return False, f"needs dynamic per-token or per-tensor activations, not {c.activation_quant_key}"
-        if c.weight_quant_key not in WEIGHT_KEYS:
-            return False, f"needs per-channel or per-tensor weights, not {c.weight_quant_key}"
-        return True, None
+        scheme, reason = schemes.find(c.activation_quant_key, c.weight_quant_key)
+        return (True, None) if scheme else (False, reason)
 
     def __init__(self, c: FP8ScaledMMLinearLayerConfig, layer_param_names) -> None:
         super().__init__(c, layer_param_names)
-        choice = settings.current()
-        self.target = target.get(choice.target)
-        backend, reason = backends.for_serving(choice.backend, current_platform.device_type)
-        assert backend is not None, f"PackedFp8LinearKernel {reason}"  # is_supported() said so
-        self.backend = backend
+        self.target = target.get(settings.current().target)
+        scheme, _ = schemes.find(c.activation_quant_key, c.weight_quant_key)
+        backend, _ = _backend()
+        assert scheme is not None and backend is not None  # the base class has asked both questions above
+        self.scheme, self.backend = scheme, backend
 
     def input_quant_key(self):
-        return PACKED_KEY
+        return self.scheme.rows
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Bring the weight within the target's range and lay it out for the backend's matmul.
@@ -102,20 +85,16 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return ``[..., N]`` for ``x`` ``[..., H]``, plain or packed."""
-        out_features, in_features = self.config.weight_shape
-        if self.probing:
-            if isinstance(x, NormOutputProbe):
-                x = x.open(layer)
-            return x.new_zeros((*x.shape[:-1], out_features), dtype=self.config.out_dtype or x.dtype)
-        activation = as_quantized_activation(x, PACKED_KEY)
+        activation = as_quantized_activation(x, self.scheme.rows)
         if activation is None:
-            packed = ops.rms_norm_quant(x, None, target=self.target, backend=self.backend)
+            rows = self.scheme.quantize(x, target=self.target, backend=self.backend)
             dtype = x.dtype
         else:
-            packed, dtype = activation.data, activation.orig_dtype
+            rows, dtype = activation.data, activation.orig_dtype
         weight, scale = (getattr(layer, name) for name in self.layer_param_names[:2])
-        return ops.packed_fp8_linear(
-            packed,
+        out_features, in_features = self.config.weight_shape
+        return self.scheme.multiply(
+            rows,
             ops.PrepackedWeight(weight, out_features, in_features, self.backend),
             scale,
             bias=bias,
@@ -124,3 +103,8 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
 
     def apply_scaled_mm(self, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("PackedFp8LinearKernel multiplies packed rows in apply_weights")
+
+
+def _backend() -> tuple[str | None, str]:
+    """Return the backend that serves on vLLM's platform, or ``None`` and why none does."""
+    return backends.for_serving(settings.current().backend, versions.current_platform.device_type)

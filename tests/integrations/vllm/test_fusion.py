@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import types
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm_models import Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import fusion, settings
+from vllm_neuron_rmsq import settings
 from vllm_neuron_rmsq.backends import BackendUnavailableError
-from vllm_neuron_rmsq.layers.activation import NormOutputProbe
-from vllm_neuron_rmsq.layers.rms_norm_quant import RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm import fusion, proof, schemes
+from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
 
 PRE_NORMS = {"input_layernorm": "qkv_proj", "post_attention_layernorm": "gate_up_proj"}
 
@@ -229,7 +228,7 @@ def test_a_model_the_dummy_forward_cannot_run_stays_stock(checkpoint, monkeypatc
     def fail(model, config):
         raise IndexError("no such thing")
 
-    monkeypatch.setattr(fusion, "_dummy_forward", fail)
+    monkeypatch.setattr(proof, "dummy_forward", fail)
     loaded = Loaded(checkpoint("llama"))
     assert not loaded.report.fused
     assert {n.reason for n in loaded.report.norms} == {"the dummy forward failed (IndexError: no such thing)"}
@@ -238,7 +237,7 @@ def test_a_model_the_dummy_forward_cannot_run_stays_stock(checkpoint, monkeypatc
 
 def test_an_output_that_is_kept_is_not_fused(checkpoint, monkeypatch):
     kept = []
-    forward = fusion._dummy_forward
+    forward = proof.dummy_forward
 
     def keep_first(model, config):
         first = next(m for m in model.modules() if isinstance(m, RMSNormQuant))
@@ -248,67 +247,20 @@ def test_an_output_that_is_kept_is_not_fused(checkpoint, monkeypatch):
         finally:
             handle.remove()
 
-    monkeypatch.setattr(fusion, "_dummy_forward", keep_first)
+    monkeypatch.setattr(proof, "dummy_forward", keep_first)
     report = Loaded(checkpoint("llama")).report
     assert report.norms[0].reason == "its output is kept for later"
     assert len(report.fused) == 3
 
 
-def test_width_mismatch_and_partial_norms_are_refuted():
-    names = {}
+def test_width_mismatch_and_linears_that_need_plain_input_are_refuted():
     linear = torch.nn.Linear(2, 2)
-    linear._input_quant_key = fusion.PACKED_KEY
+    linear._input_quant_key = schemes.SCHEMES[0].rows
     linear.input_size_per_partition = 64
-    names[linear] = "a.linear"
-    norm = types.SimpleNamespace(variance_size_override=None, weight=torch.ones(128), hidden_size=128)
-    assert fusion._refute(norm, [], [linear], names) == "it is 128 wide and a.linear takes 64 features"
-    norm.hidden_size = 64
-    assert fusion._refute(norm, [], [linear], names) == ""
+    linears, names = {linear: schemes.SCHEMES[0]}, {linear: "a.linear"}
+    finding = proof.Finding(width=128, linears=[linear])
+    assert fusion.misfit(finding, linears, names) == "it is 128 wide and a.linear takes 64 features"
+    finding.width = 64
+    assert fusion.misfit(finding, linears, names) == ""
     linear.requires_unquantized_input = True
-    assert fusion._refute(norm, [], [linear], names) == "a.linear needs unquantized input"
-    norm.variance_size_override = 32
-    assert fusion._refute(norm, [], [linear], names) == "it normalizes by a part of the row"
-
-
-class TestProbe:
-    def probe(self):
-        reads, opens = [], []
-        output = torch.arange(8.0).reshape(2, 4)
-        return NormOutputProbe(output, reads.append, opens.append), output, reads, opens
-
-    def test_metadata_is_free(self):
-        probe, output, reads, _ = self.probe()
-        assert probe.shape == output.shape and probe.dtype == output.dtype and probe.size(-1) == 4
-        assert probe.device == output.device and probe.stride() == output.stride()
-        assert reads == []
-
-    @pytest.mark.parametrize(
-        "read",
-        [
-            lambda p: p + 1,
-            lambda p: p.view(-1),
-            lambda p: p[0],
-            lambda p: p.add_(1),
-            lambda p: torch.nn.functional.linear(p, torch.ones(3, 4)),
-            lambda p: torch.cat([torch.ones(2, 4), p]),
-            lambda p: p.bfloat16(),
-            lambda p: p.sum().item(),
-        ],
-    )
-    def test_every_operation_is_reported_and_happens(self, read):
-        probe, output, reads, _ = self.probe()
-        expected = read(output.clone())
-        got = read(probe)
-        assert reads
-        torch.testing.assert_close(got, expected)
-
-    @pytest.mark.parametrize("reach", [torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.tolist])
-    def test_memory_is_out_of_reach(self, reach):
-        probe, *_ = self.probe()
-        with pytest.raises(RuntimeError):
-            reach(probe)
-
-    def test_opening_is_not_reading(self):
-        probe, output, reads, opens = self.probe()
-        assert probe.open("linear") is output
-        assert opens == ["linear"] and reads == []
+    assert fusion.misfit(finding, linears, names) == "a.linear needs unquantized input"

@@ -1,0 +1,82 @@
+"""vLLM's own models: FP8 linears that multiply packed rows, and norms that write them where that is proven.
+
+``apply()`` registers, ``loader`` binds after a model is loaded. ``versions`` is the only reader of vLLM's
+names; nothing else here imports ``vllm``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm_neuron_rmsq.integrations.vllm import versions
+
+# A child of vLLM's logger, which vLLM has set up by the time it loads plugins.
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+def apply() -> None:
+    """Register norms, linear kernel and loader hook with vLLM; a second call changes nothing.
+
+    1. Every name of vLLM's that will be needed is looked up. If one is missing, vLLM stays as it is and one
+       warning names what is missing.
+    2. The plugin's environment variables are made known to vLLM.
+    3. ``RMSNormQuant`` is registered as the out-of-tree ``RMSNorm``, and its sister as the norm of vLLM's
+       Transformers backend: stock until they are bound.
+    4. ``PackedFp8LinearKernel`` is registered as an FP8 linear kernel and put first.
+    5. The model loader is patched: it binds norms to linears once the weights are final.
+    """
+    missing = versions.missing()
+    if missing:
+        logger.warning(
+            "vllm-neuron-rmsq is inactive: it needs vLLM %s and this is %s (%s)",
+            versions.SUPPORTED,
+            _installed(),
+            "; ".join(missing),
+        )
+        return
+
+    # Only now: these modules derive from vLLM's classes.
+    from vllm_neuron_rmsq import settings
+    from vllm_neuron_rmsq.integrations.vllm import linear, loader, rms_norm
+    from vllm_neuron_rmsq.patches import env_variables, linear_kernel_order, model_loader
+
+    env_variables.apply(
+        versions.environment_variables, [settings.PREFIX + key.upper() for key in settings.choices()]
+    )
+    for in_tree, ours in rms_norm.REPLACEMENTS.items():
+        _replace(in_tree, ours)
+    linear_kernel_order.apply(
+        linear.PackedFp8LinearKernel,
+        versions.current_platform._enum,
+        versions.register_linear_kernel,
+        versions._POSSIBLE_FP8_KERNELS,
+    )
+    model_loader.apply(versions.BaseModelLoader, loader.load_model)
+
+
+def _replace(in_tree: Any, ours: Any) -> None:
+    """Make ``in_tree(...)`` construct ``ours``, unless another plugin was first."""
+    taken = versions.op_registry_oot.get(in_tree.__name__)
+    if taken is None:
+        name = in_tree.name
+        in_tree.register_oot(ours)
+        # register_oot names the class after the class; vLLM's custom_ops switches go by the op's name.
+        ours.name = name
+    elif taken is not ours:
+        logger.warning(
+            "Another plugin has replaced %s by %s: those norms stay unfused, FP8 linears multiply packed "
+            "rows all the same",
+            in_tree.__name__,
+            taken.__qualname__,
+        )
+
+
+def _installed() -> str:
+    """vLLM's version, for a message: CPU builds have other distribution names than ``vllm``."""
+    try:
+        import vllm
+
+        return vllm.__version__
+    except (ImportError, AttributeError):
+        return "of unknown version"

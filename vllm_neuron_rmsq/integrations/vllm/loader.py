@@ -1,0 +1,32 @@
+"""The hook around vLLM's model loader: settings before a model is loaded, fusion after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_neuron_rmsq import __version__, settings
+from vllm_neuron_rmsq.integrations.vllm import fusion
+
+
+def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: Any, *args, **kwargs) -> Any:
+    """Load a model by ``original``, vLLM's method, and bind its norms.
+
+    Before, ``VLLM_RMSQ_*`` and ``additional_config["rmsq"]`` become the settings in force. After, they, the
+    resolved backend and the fused norms are written to ``additional_config["rmsq_graph"]``, which is part of
+    the key of vLLM's compilation cache: a graph compiled for one is never loaded for another.
+
+    Raises:
+        ValueError: a setting is unknown or has a value that is not valid.
+        BackendUnavailableError: a backend asked for by name cannot run here.
+        RuntimeError: STRICT is set and a decoder norm stayed unfused.
+    """
+    extra = vllm_config.additional_config
+    settings.install(settings.Settings.load(additional_config=extra if isinstance(extra, dict) else None))
+    model = original(loader, vllm_config, model_config, *args, **kwargs)
+    report = fusion.bind(model, vllm_config)
+    if isinstance(extra, dict):
+        fused = [] if report is None else [norm.name for norm in report.fused]
+        backend = None if report is None else report.backend
+        extra["rmsq_graph"] = [__version__, repr(settings.current()), backend, fused]
+    return model

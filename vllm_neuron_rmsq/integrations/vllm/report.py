@@ -1,0 +1,65 @@
+"""What the plugin did to a model: one line at the start of vLLM, every layer at DEBUG."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+@dataclass
+class LayerReport:
+    """What became of one layer that can write packed rows.
+
+    Attributes:
+        name: its name in the model.
+        decoder: whether it normalizes the hidden state inside a decoder layer.
+        linears: names of the packed FP8 linears that read its output.
+        reason: why it stays stock; empty when it is fused.
+    """
+
+    name: str
+    decoder: bool
+    linears: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass
+class FusionReport:
+    """What the plugin did to a model.
+
+    Attributes:
+        backend, target: who computes, and its code range.
+        norms: one entry per RMSNorm layer.
+        linears: how many FP8 linears multiply packed rows.
+        halved: how many of those had weights beyond ±240, halved for trn2.
+    """
+
+    backend: str
+    target: str
+    norms: list[LayerReport] = field(default_factory=list)
+    linears: int = 0
+    halved: int = 0
+
+    @property
+    def fused(self) -> list[LayerReport]:
+        return [norm for norm in self.norms if not norm.reason]
+
+    def __str__(self) -> str:
+        text = (
+            f"{len(self.fused)} of {len(self.norms)} RMSNorm layers fused "
+            f"(backend {self.backend}, target {self.target}), {self.linears} packed FP8 linears"
+        )
+        if self.halved:
+            text += f", {self.halved} with weights beyond ±240 halved"
+        return text
+
+    def log(self) -> None:
+        """Log the line at INFO, and what became of each layer, and why, at DEBUG."""
+        logger.info("%s", self)
+        for norm in self.norms:
+            if norm.reason:
+                logger.debug("RMSNorm %s: stock, because %s", norm.name, norm.reason)
+            else:
+                logger.debug("RMSNorm %s: fused, feeds %s", norm.name, ", ".join(norm.linears))

@@ -1,0 +1,54 @@
+"""What a scheme is; see the package's docstring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one kind of FP8 checkpoint is quantized.
+
+    Dimensions:
+        H: features of a row
+        N: output features of a linear
+        ...: rows (tokens)
+
+    Attributes:
+        name: for messages.
+        activation_keys: vLLM's ``QuantKey`` of the activations that it serves.
+        activations: the same in words, "dynamic per-token".
+        weight_keys: vLLM's ``QuantKey`` of the weights that it serves.
+        weights: the same in words, "per-channel".
+        rows: the key under which a linear takes rows and a producer hands them over. It stands for the format
+            of the rows, so no two formats share one.
+        wrap: ``(rows, hidden)``: what a producer hands over, a ``QuantizedActivation`` with key ``rows`` that
+            stands for ``hidden``.
+        norm: ``(hidden, weight, *, eps, residual, target, backend)``, as ``ops.rms_norm_quant``: rows of the
+            normalized ``hidden`` (``[..., H]``), and ``residual_out`` when a residual is given.
+        quantize: ``(hidden, *, target, backend)``: rows of ``hidden`` as it is, for a linear that gets it
+            plain.
+        multiply: ``(rows, weight, weight_scale, *, bias, out_dtype)``, as ``ops.packed_fp8_linear``:
+            ``[..., N]``.
+    """
+
+    name: str
+    activation_keys: tuple[Any, ...]
+    activations: str
+    weight_keys: tuple[Any, ...]
+    weights: str
+    rows: Any
+    wrap: Callable[..., Any]
+    norm: Callable[..., Any]
+    quantize: Callable[..., Any]
+    multiply: Callable[..., Any]
+
+    def refuse(self, activation_key: Any, weight_key: Any) -> str | None:
+        """Say why a linear with these keys is not of this scheme, or return ``None`` when it is."""
+        if activation_key not in self.activation_keys:
+            return f"needs {self.activations} activations, not {activation_key}"
+        if weight_key not in self.weight_keys:
+            return f"needs {self.weights} weights, not {weight_key}"
+        return None
