@@ -31,7 +31,7 @@ def apply() -> None:
         logger.warning(
             "vllm-neuron-rmsq is inactive: it needs vLLM %s and this is %s (%s)",
             versions.SUPPORTED,
-            _installed(),
+            versions.installed(),
             "; ".join(missing),
         )
         return
@@ -70,13 +70,3 @@ def _replace(in_tree: Any, ours: Any) -> None:
             in_tree.__name__,
             taken.__qualname__,
         )
-
-
-def _installed() -> str:
-    """vLLM's version, for a message: CPU builds have other distribution names than ``vllm``."""
-    try:
-        import vllm
-
-        return vllm.__version__
-    except (ImportError, AttributeError):
-        return "of unknown version"

@@ -107,6 +107,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
+def installed() -> str:
+    """Return vLLM's version, as the module gives it: distributions have several names."""
+    return getattr(importlib.import_module("vllm"), "__version__", "of unknown version")
+
+
 def missing() -> list[str]:
     """Return what this vLLM lacks of ``NEEDED``, in words, or an empty list. Changes nothing.
 

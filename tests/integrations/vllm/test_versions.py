@@ -1,0 +1,130 @@
+"""An installed plugin must not keep another vLLM from starting: real ``LLM`` starts under changed ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import other_vllm
+import pytest
+from vllm_models import tiny_config, write_checkpoint
+
+from vllm_neuron_rmsq.integrations.vllm import versions
+
+MISSING = [name for name in versions.NEEDED if not name.endswith("__init__")]  # every class has that
+CALLED = [name for name, call in versions.NEEDED.items() if call is not None]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Return a function that starts ``LLM`` on a tiny Llama under a changed vLLM: see ``other_vllm``."""
+    folder = tmp_path_factory.mktemp("versions")
+    checkpoint = write_checkpoint(tiny_config("llama"), folder / "llama")
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, other_vllm.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            bufsize=1,
+        )
+
+    def start(change, name=""):
+        case = {"checkpoint": str(checkpoint), "change": change, "name": name}
+        process.stdin.write(json.dumps(case) + "\n")
+        answer = process.stdout.readline()
+        assert answer, Path(log.name).read_text()[-4000:]
+        answer = json.loads(answer)
+        assert "error" not in answer, answer["error"]
+        return answer
+
+    yield start
+    process.stdin.close()
+    assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def stock(start):
+    """What a start without the plugin gives."""
+    answer = start("no plugin")
+    assert answer["norms"] == ["RMSNorm"] and answer["report"] is None and not answer["warnings"]
+    assert set(answer["kernels"]) == {"ChannelWiseTorchFP8ScaledMMLinearKernel"}
+    return answer
+
+
+def test_this_vllm_has_everything(start):
+    assert versions.missing() == []
+    answer = start("none")
+    assert not answer["warnings"]
+    assert answer["norms"] == ["RMSNormQuant"] and set(answer["kernels"]) == {"PackedFp8LinearKernel"}
+    assert answer["report"].startswith("4 of 5 RMSNorm layers fused (backend ")
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_vllm_without_a_name_starts_stock_with_one_warning(name, start, stock):
+    answer = start("missing", name)
+    (warning,) = answer.pop("warnings")
+    assert warning.startswith("vllm-neuron-rmsq is inactive: it needs vLLM 0.32 and this is 0.32.0 (")
+    assert f"{name.replace(':', '.')} is missing" in warning
+    assert answer == {key: value for key, value in stock.items() if key != "warnings"}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_vllm_that_is_called_differently_starts_stock_with_one_warning(name, start, stock):
+    answer = start("called", name)
+    (warning,) = answer.pop("warnings")
+    assert f"{name.replace(':', '.')} takes (something_else), not ({versions.NEEDED[name]})" in warning
+    assert answer == {key: value for key, value in stock.items() if key != "warnings"}
+
+
+def test_a_norm_that_another_plugin_replaced_is_left_in_place(start):
+    answer = start("foreign")
+    (warning,) = answer["warnings"]
+    assert warning.startswith("Another plugin has replaced RMSNorm by ")
+    assert (
+        "ForeignRMSNorm: those norms stay unfused, FP8 linears multiply packed rows all the same" in warning
+    )
+    assert answer["norms"] == ["ForeignRMSNorm"] and set(answer["kernels"]) == {"PackedFp8LinearKernel"}
+    assert answer["report"].startswith("0 of 5 RMSNorm layers fused")
+
+
+def test_a_module_that_fails_while_it_is_imported_is_named_once():
+    failing = mock.Mock(side_effect=RuntimeError("no such device"))
+    with mock.patch.object(versions.importlib, "import_module", failing):
+        found = versions.missing()
+    assert len(found) == len(set(found)) == len({name.partition(":")[0] for name in versions.NEEDED})
+    assert found[0] == "vllm.envs cannot be imported: RuntimeError: no such device"
+
+
+def test_a_new_abstract_method_is_named():
+    kernel = versions.FP8ScaledMMLinearKernel
+    with mock.patch.object(kernel, "__abstractmethods__", kernel.__abstractmethods__ | {"prepare"}):
+        (found,) = versions.missing()
+    assert found.endswith(".FP8ScaledMMLinearKernel wants prepare of its subclasses")
+
+
+@pytest.mark.parametrize(
+    "call, problem",
+    [
+        ("first, second", None),
+        ("first, second, third", None),
+        ("first, second, *, third", None),
+        ("first", "takes (first, second, third), not (first)"),
+        ("second, first", "takes (first, second, third), not (second, first)"),
+        ("first, second, *, fourth", "takes (first, second, third), not (first, second, *, fourth)"),
+    ],
+)
+def test_how_a_call_fits(call, problem):
+    def function(first, second, third=None):
+        pass
+
+    assert versions._misfit(function, call) == problem
+
+
+def test_only_listed_names_are_given():
+    with pytest.raises(AttributeError, match=r"GemmaRMSNorm: not listed in .*versions\.NEEDED"):
+        _ = versions.GemmaRMSNorm
