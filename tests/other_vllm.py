@@ -7,9 +7,9 @@ The script reads cases from standard input, one JSON object a line, and answers 
      "name": "module:dotted.name"}
 
 vLLM is imported once, and each case runs in a fork of that process, which has computed nothing yet. The
-change is in force while the plugin registers, and undone before vLLM goes on: it needs most of the names itself. The
-answer has the plugin's warnings, the classes of norms and FP8 kernels in the model, its report, and the
-log-probabilities of a prompt.
+change is in force while the plugin registers, and undone before vLLM goes on: it needs most of the names
+itself. The answer has the plugin's warnings, the classes of norms and FP8 kernels in the model, its report,
+and the log-probabilities of a prompt.
 """
 
 from __future__ import annotations

@@ -147,8 +147,10 @@ def _find(value: Any, name: str) -> Any:
     """
     parts = name.split(".")
     for count, part in enumerate(parts, 1):
-        if hasattr(value, part):
-            value = getattr(value, part)
+        found = getattr(value, part, None)
+        # A class may have None for a default; vLLM's platform object has None for what it does not know.
+        if found is not None or (inspect.isclass(value) and hasattr(value, part)):
+            value = found
         elif count == len(parts) and part in _set_by(value):
             return None
         else:
