@@ -235,6 +235,41 @@ def test_a_model_the_dummy_forward_cannot_run_stays_stock(checkpoint, monkeypatc
     assert loaded.logits().isfinite().all()
 
 
+def test_a_linear_whose_module_touches_its_input_first_refutes_the_norm(checkpoint, monkeypatch):
+    """It would get a packed activation there, not only in its kernel."""
+    forward = proof.dummy_forward
+
+    def pad_first(model, config):
+        linear = model.get_submodule("model.layers.1.mlp.gate_up_proj")
+        monkeypatch.setattr(linear, "forward", lambda x: type(linear).forward(linear, x * 1))
+        return forward(model, config)
+
+    monkeypatch.setattr(proof, "dummy_forward", pad_first)
+    report = Loaded(checkpoint("llama")).report
+    assert len(report.fused) == 3
+    assert (
+        report.norms[3].reason == "its output is read by aten.mul.Tensor in model.layers.1.mlp.gate_up_proj"
+    )
+
+
+def test_the_dummy_forward_multiplies_nothing(checkpoint, monkeypatch):
+    products = []
+    forward = proof.dummy_forward
+
+    def watch(model, config):
+        linear = model.get_submodule("model.layers.0.mlp.down_proj")
+        handle = linear.register_forward_hook(lambda module, args, output: products.append(output[0]))
+        try:
+            return forward(model, config)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(proof, "dummy_forward", watch)
+    assert len(Loaded(checkpoint("llama")).report.fused) == 4
+    (product,) = products
+    assert product.shape == (proof.PROBE_TOKENS, 128) and not product.any()
+
+
 def test_an_output_that_is_kept_is_not_fused(checkpoint, monkeypatch):
     kept = []
     forward = proof.dummy_forward

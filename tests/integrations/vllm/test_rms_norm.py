@@ -14,6 +14,7 @@ from vllm_neuron_rmsq import reference
 from vllm_neuron_rmsq.integrations.vllm import schemes
 from vllm_neuron_rmsq.integrations.vllm.activation import PACKED_KEY, PackedActivation
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import Binding, RMSNormQuant
+from vllm_neuron_rmsq.target import TRN2
 
 H = 96
 
@@ -48,7 +49,7 @@ def test_unbound_is_stock(norm, with_residual):
 
 @pytest.mark.parametrize("shape", [(3, H), (1, 3, H)])
 def test_bound_returns_packed_rows(norm, shape):
-    norm.binding = Binding(schemes.SCHEMES[0], "torch", "trn2")
+    norm.binding = Binding(schemes.SCHEMES[0], "torch", TRN2)
     x, residual = torch.randn(shape, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16)
     options = {"eps": 1e-5, "target": "trn2"}
     out = norm(x)
@@ -62,7 +63,7 @@ def test_bound_returns_packed_rows(norm, shape):
 
 
 def test_packed_activation_is_vllms_contract_and_strays_loudly(norm):
-    norm.binding = Binding(schemes.SCHEMES[0], "torch", "trn2")
+    norm.binding = Binding(schemes.SCHEMES[0], "torch", TRN2)
     out = norm(torch.randn(2, H, dtype=torch.bfloat16))
     assert isinstance(out, QuantizedActivation) and isinstance(out, PackedActivation)
     assert as_quantized_activation(out, PACKED_KEY) is out
@@ -74,7 +75,7 @@ def test_packed_activation_is_vllms_contract_and_strays_loudly(norm):
 
 
 def test_compiles_without_graph_breaks(norm):
-    norm.binding = Binding(schemes.SCHEMES[0], "torch", "trn2")
+    norm.binding = Binding(schemes.SCHEMES[0], "torch", TRN2)
     x = torch.randn(5, H, dtype=torch.bfloat16)
 
     def run(x, residual):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from vllm_neuron_rmsq import backends, settings
+from vllm_neuron_rmsq import backends, settings, target
 from vllm_neuron_rmsq.integrations.vllm import proof, schemes, versions
 from vllm_neuron_rmsq.integrations.vllm.report import FusionReport, LayerReport
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import Binding, RMSNormQuant
@@ -71,7 +71,7 @@ def bind(model: nn.Module, vllm_config: Any) -> FusionReport | None:
             entry.linears = [names[linear] for linear in finding.linears]
             entry.reason = finding.reason or norm.unfit() or misfit(finding, linears, names)
             if not entry.reason:
-                norm.binding = Binding(linears[finding.linears[0]], report.backend, report.target)
+                norm.binding = Binding(linears[finding.linears[0]], backend, target.get(choice.target))
     report.log()
     model.rmsq_report = report  # type: ignore[assignment]
     unfused = [entry for entry in report.norms if entry.decoder and entry.reason]

@@ -28,9 +28,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vllm_neuron_rmsq import ops
 from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.integrations.vllm import versions
+from vllm_neuron_rmsq.ops import dispatch
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -148,7 +148,7 @@ class _OwnOperators(TorchDispatchMode):
         self.running, self.linears = running, linears
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace = getattr(torch.ops, ops.NAMESPACE)
+        namespace = getattr(torch.ops, dispatch.NAMESPACE)
         if func.overloadpacket is namespace.packed_fp8_linear:
             packed, _, _, _, out_features, out_dtype = args
             return packed.new_zeros((*packed.shape[:-1], out_features), dtype=out_dtype)

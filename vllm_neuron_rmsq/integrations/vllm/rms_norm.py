@@ -9,6 +9,7 @@ import torch
 from vllm_neuron_rmsq.integrations.vllm.schemes import Scheme
 from vllm_neuron_rmsq.integrations.vllm.versions import RMSNorm, TPAwareRMSNorm
 from vllm_neuron_rmsq.reference import DTYPES
+from vllm_neuron_rmsq.target import Target
 
 
 class Binding(NamedTuple):
@@ -16,7 +17,7 @@ class Binding(NamedTuple):
 
     scheme: Scheme
     backend: str
-    target: str
+    target: Target
 
 
 class RMSNormQuant(RMSNorm):

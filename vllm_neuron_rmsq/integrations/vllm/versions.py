@@ -23,7 +23,7 @@ NEEDED: dict[str, str | None] = {
     "vllm.platforms:current_platform._enum": None,
     "vllm.platforms:current_platform.device_type": None,
     # Norms
-    "vllm.model_executor.custom_op:op_registry_oot.get": None,
+    "vllm.model_executor.custom_op:op_registry_oot": None,
     "vllm.model_executor.layers.layernorm:RMSNorm.register_oot": "_decorated_op_cls",
     "vllm.model_executor.layers.layernorm:RMSNorm.forward_native": "self, x, residual",
     "vllm.model_executor.layers.layernorm:RMSNorm.name": None,
@@ -34,7 +34,7 @@ NEEDED: dict[str, str | None] = {
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_size_override": None,
     "vllm.model_executor.models.transformers.fusers.rms_norm:TPAwareRMSNorm.forward": "self, x, residual",
     # FP8 linears
-    "vllm.model_executor.kernels.linear:_POSSIBLE_FP8_KERNELS.get": None,
+    "vllm.model_executor.kernels.linear:_POSSIBLE_FP8_KERNELS": None,
     "vllm.model_executor.kernels.linear:register_linear_kernel": "kernel_class, platform, kernel_type",
     **{
         f"vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel:{name}": call
@@ -147,7 +147,10 @@ def _find(value: Any, name: str) -> Any:
     """
     parts = name.split(".")
     for count, part in enumerate(parts, 1):
-        found = getattr(value, part, None)
+        try:
+            found = getattr(value, part, None)
+        except Exception:  # vLLM's platform recurses for ever when it lacks the name it looks others up by
+            found = None
         # A class may have None for a default; vLLM's platform object has None for what it does not know.
         if found is not None or (inspect.isclass(value) and hasattr(value, part)):
             value = found
@@ -179,7 +182,11 @@ def _misfit(value: Any, call: str) -> str | None:
     positional, _, by_name = (part.strip(" ,") for part in call.partition("*"))
     first, rest = _names(positional), _names(by_name)
     parameters = inspect.signature(value).parameters
-    required = {name for name, p in parameters.items() if p.default is p.empty and p.kind < p.VAR_POSITIONAL}
+    required = {
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
     if [*parameters][: len(first)] == first and set(rest) <= set(parameters) and required <= {*first, *rest}:
         return None
     return f"takes ({', '.join(parameters)}), not ({call})"

@@ -17,9 +17,10 @@ from vllm_neuron_rmsq.integrations.vllm.versions import (
     kFp8StaticChannelSym,
     kFp8StaticTensorSym,
 )
+from vllm_neuron_rmsq.target import Target
 
 
-def quantize(hidden: torch.Tensor, *, target: str, backend: str) -> torch.Tensor:
+def quantize(hidden: torch.Tensor, *, target: Target, backend: str) -> torch.Tensor:
     """Quantize and pack ``hidden`` ``[..., H]`` as it is: the norm's op without a norm."""
     return ops.rms_norm_quant(hidden, None, target=target, backend=backend)
 
