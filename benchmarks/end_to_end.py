@@ -33,8 +33,8 @@ import openai
 import psutil
 from vllm.utils.network_utils import get_open_port
 
+from vllm_neuron_rmsq import checkpoint
 from vllm_neuron_rmsq.cli import smollm2
-from vllm_neuron_rmsq.cli.quantize import quantize
 
 CACHE = Path(__file__).parents[1] / ".cache"
 PROMPT_TOKENS = 4
@@ -72,7 +72,7 @@ def llama() -> tuple[Path, Path]:
         torch.set_default_dtype(torch.float32)
         gc.collect()
     if not fp8.is_dir():
-        quantize(bf16, fp8)
+        checkpoint.convert(bf16, fp8)
     return bf16, fp8
 
 

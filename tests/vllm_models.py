@@ -24,7 +24,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
-from vllm_neuron_rmsq.cli.quantize import quantize
+from vllm_neuron_rmsq import checkpoint
 from vllm_neuron_rmsq.integrations.vllm.report import FusionReport
 
 SIZES = {
@@ -75,7 +75,7 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(content, default=str))
     if not fp8:
         return folder
-    quantize(folder, folder / "fp8", target)
+    checkpoint.convert(folder, folder / "fp8", target)
     return folder / "fp8"
 
 

@@ -23,6 +23,9 @@ def test_versions_and_every_backend_are_listed(monkeypatch):
     assert set(backends.names()) <= set(rows)
     assert "can run" in rows["torch"]
     assert "VLLM_RMSQ_BACKEND=torch" in text
+    titles = [line.split("┃")[1:-1] for line in text.splitlines() if line.startswith("┃")]
+    assert len(titles) == 2
+    assert all(title.strip() for row in titles for title in row)
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(monkeypatch):

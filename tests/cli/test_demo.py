@@ -24,7 +24,9 @@ def test_layers_of_a_kind_share_a_row():
         }
         for layer in range(12)
     ]
-    shown = text(_layers({"line": "11 of 12 fused", "backend": "cpu", "norms": norms}))
+    table = _layers({"line": "11 of 12 fused", "backend": "cpu", "norms": norms})
+    assert all(column.header for column in table.columns)
+    shown = text(table)
     assert "11 of 12 fused" in shown
     rows = [line for line in shown.splitlines() if line.startswith("│")]
     assert len(rows) == 2
@@ -35,7 +37,9 @@ def test_layers_of_a_kind_share_a_row():
 
 
 def test_speeds_are_medians():
-    shown = text(_speeds({"with the plugin": [1.0, 9.0, 5.0], "without it": [2.0, 2.0, 2.0]}))
+    table = _speeds({"with the plugin": [1.0, 9.0, 5.0], "without it": [2.0, 2.0, 2.0]})
+    assert all(column.header for column in table.columns)
+    shown = text(table)
     assert "5.0  (1.0 to 9.0)" in shown
     assert "2.0  (2.0 to 2.0)" in shown
 

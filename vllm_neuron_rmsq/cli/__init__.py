@@ -12,14 +12,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vllm_neuron_rmsq.cli.errors import CommandError
+from vllm_neuron_rmsq import __version__
+from vllm_neuron_rmsq.cli.errors import CommandError, shown_without_trace
 
 console = Console()
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tools around the vLLM plugin vllm-neuron-rmsq.",
 )
 
 
@@ -30,6 +30,22 @@ class Target(StrEnum):
     trn3 = "trn3"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"vllm-neuron-rmsq {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Tools around the vLLM plugin vllm-neuron-rmsq."""
+
+
 @app.command()
 def quantize(
     source: Annotated[Path, typer.Argument(help="Checkpoint directory with safetensors, or a .gguf file.")],
@@ -37,15 +53,15 @@ def quantize(
     target: Annotated[Target, typer.Option(help="Range of the codes: ±240 or ±448.")] = Target.trn2,
 ) -> None:
     """Convert a bf16 checkpoint, or a GGUF file, to FP8: per-channel weights, per-token activations."""
-    from vllm_neuron_rmsq.cli.quantize import quantize as convert
+    from vllm_neuron_rmsq import checkpoint
 
-    with _progress() as progress:
+    with _progress() as progress, shown_without_trace():
         task = progress.add_task(f"Quantizing {source.name}")
 
         def tell(done: int, total: int, name: str) -> None:
             progress.update(task, completed=done, total=total)
 
-        linears = convert(source, out, target, tell)
+        linears = checkpoint.convert(source, out, target, tell)
     console.print(f"{out}: {linears} linears in FP8 for {target}")
 
 

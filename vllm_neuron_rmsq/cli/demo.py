@@ -146,7 +146,7 @@ def demo(checkpoint: Path, cache: Path, repeats: int, console: Console) -> None:
 
 def _layers(report: dict[str, Any]) -> Table:
     """One row for each kind of layer, named once for all the layers of the decoder."""
-    table = Table("layer", "", title=report["line"])
+    table = Table("norm", "what became of it", title=report["line"])
     kinds: dict[tuple[str, str], list[str]] = {}
     for norm in report["norms"]:
         fate = f"not fused: {norm['reason']}"
@@ -163,9 +163,8 @@ def _kind(text: str) -> str:
 
 
 def _speeds(speeds: dict[str, list[float]]) -> Table:
-    table = Table(
-        "", "tokens/s", title=f"Median of {len(next(iter(speeds.values())))}, {len(QUESTIONS)} at once"
-    )
+    runs = len(next(iter(speeds.values())))
+    table = Table("vLLM", "tokens/s (range)", title=f"Median of {runs}, {len(QUESTIONS)} at once")
     for name, values in speeds.items():
         table.add_row(name, f"{statistics.median(values):.1f}  ({min(values):.1f} to {max(values):.1f})")
     return table

