@@ -1,35 +1,65 @@
-# make demo    a small model answers three questions through the plugin
-# make test    lint, types and all tests
-# make setup   only what both need: .venv with vLLM for CPU and the plugin with its native kernels
-# Each starts from what is there. Another Python: make PYTHON=python3.13 setup
+# `make help` lists the targets. Each starts from what is there. Another Python: make PYTHON=python3.13 setup
 
 PYTHON ?= python3
+PYTEST := .venv/bin/python -m pytest
+CPP := $(shell git ls-files 'kernels/cpu/*.cpp' 'kernels/cpu/*.h' 2>/dev/null)
+
+.DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: setup demo test asan clean
+.PHONY: help setup demo test lint format fast test-slow coverage asan bench wheel clean
 
-setup: .venv/plugin.done
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: setup
+setup: .venv/plugin.done ## .venv with vLLM for CPU, the plugin (editable) and its native kernels
+
+demo: setup ## a small model answers three questions through the plugin, timed with it and without
 	.venv/bin/vllm-neuron-rmsq demo
 
-test: setup
+test: lint ## what CI runs: lint, types and all tests
+	$(PYTEST)
+
+lint: setup ## ruff, clang-format, mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(CPP)
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
-asan: setup
+format: setup ## rewrite the sources as lint wants them
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/clang-format -i $(CPP)
+
+fast: setup ## the tests that start no server, engine or other program; under a minute
+	$(PYTEST) -q -m "not neuron and not slow and not engine" --hypothesis-profile=fast
+
+test-slow: setup ## only the long matrices, which `test` leaves out
+	$(PYTEST) -m slow
+
+coverage: setup ## all tests, and which lines of Python they ran: .cache/coverage/html/index.html
+	$(PYTEST) --cov --cov-report=term --cov-report=html
+
+asan: setup ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	kernels/cpu/sanitize.sh $(CURDIR)/.venv/bin/python
 
-clean:
-	rm -rf .venv .cache build
+bench: setup ## every benchmark (half an hour of an idle machine), then the README's tables
+	.venv/bin/python benchmarks/rms_norm_quant.py
+	.venv/bin/python benchmarks/packed_fp8_linear.py
+	.venv/bin/python benchmarks/end_to_end.py
+	.venv/bin/python benchmarks/readme_tables.py
+
+wheel: setup ## dist/*.whl, native kernels included
+	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--wheel-dir dist .
+
+clean: ## remove .venv, downloaded models and what was built
+	rm -rf .venv .cache build dist
 
 .venv/vllm.done: .ci/setup .ci/constraints.txt
 	.ci/setup $(PYTHON)
 	touch $@
 
-.venv/plugin.done: .venv/vllm.done pyproject.toml $(wildcard setup.py kernels/cpu/*)
+.venv/plugin.done: .venv/vllm.done pyproject.toml setup.py $(CPP)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
 		--no-build-isolation --editable '.[dev]'
 	touch $@

@@ -28,7 +28,7 @@ FLAGS += ["-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-uninitialized
 """Multiply-adds are written out where they are meant (contract=off), so that every level computes the same
 bits. The warnings switched off are about GCC's own AVX-512 header."""
 
-LEVELS = {"portable": []}
+LEVELS: dict[str, list[str]] = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = [*LEVELS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -93,7 +93,7 @@ class BuildKernels(build_ext):
         if sys.platform != "linux":
             raise NotBuilt(f"they are built on Linux only, not on {sys.platform}")
         torch = find_torch()
-        jobs = []
+        jobs: list[tuple[Path, str, list[str], tuple[str, str], list[str]]] = []
         for source in sorted(SOURCES.glob("*.cpp")):
             if source.name in KERNELS:
                 jobs += [(source, level, flags, ("RMSQ_ISA", level), []) for level, flags in LEVELS.items()]

@@ -66,7 +66,15 @@ class PlainLlama:
         first, second = x[..., :half], x[..., half:]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    def layer(self, index: int, hidden: torch.Tensor, residual: torch.Tensor | None):
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of ``[T, H]`` as packed FP8, without a norm."""
+        rows = reference.rms_norm_quant(x, None)
+        assert isinstance(rows, torch.Tensor)
+        return rows
+
+    def layer(
+        self, index: int, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         prefix = f"model.layers.{index}"
         rows, residual = self.norm(hidden, residual, f"{prefix}.input_layernorm")
         q, k, v = (
@@ -79,17 +87,17 @@ class PlainLlama:
             self.rotate(q).float(), self.rotate(k).float(), v.float(), is_causal=True, enable_gqa=True
         )
         attention = self.round(attention).transpose(0, 1).reshape(len(rows), -1)
-        hidden = self.linear(reference.rms_norm_quant(attention, None), f"{prefix}.self_attn.o_proj")
+        hidden = self.linear(self.quantize(attention), f"{prefix}.self_attn.o_proj")
         rows, residual = self.norm(hidden, residual, f"{prefix}.post_attention_layernorm")
         gate, up = (self.linear(rows, f"{prefix}.mlp.{part}_proj") for part in ("gate", "up"))
-        rows = reference.rms_norm_quant(F.silu(gate) * up, None)
+        rows = self.quantize(F.silu(gate) * up)
         return self.linear(rows, f"{prefix}.mlp.down_proj"), residual
 
     @torch.no_grad()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """Return ``[T - 1]`` fp32: the log-probability of each token but the first."""
-        hidden, residual = self.tensors["model.embed_tokens.weight"][tokens], None
-        for index in range(self.config["num_hidden_layers"]):
+        hidden, residual = self.layer(0, self.tensors["model.embed_tokens.weight"][tokens], None)
+        for index in range(1, self.config["num_hidden_layers"]):
             hidden, residual = self.layer(index, hidden, residual)
         x = hidden.float() + residual.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
