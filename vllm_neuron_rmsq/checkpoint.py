@@ -83,7 +83,7 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def convert(source: Path, out: Path, target: str = "trn2", progress: Progress | None = None) -> int:
+def convert(source: Path, out: Path, target: Target | str = "trn2", progress: Progress | None = None) -> int:
     """Write the FP8 checkpoint ``out`` made from ``source``.
 
     ``out`` appears complete or not at all: it is written beside its final place and renamed.
@@ -91,7 +91,7 @@ def convert(source: Path, out: Path, target: str = "trn2", progress: Progress | 
     Args:
         source: a Hugging Face checkpoint directory with safetensors, or a ``.gguf`` file.
         out: directory to make; must not exist.
-        target: ``"trn2"`` keeps codes within ±240, ``"trn3"`` uses ±448.
+        target: or its name; ``"trn2"`` keeps codes within ±240, ``"trn3"`` uses ±448.
         progress: told about every tensor.
 
     Returns:

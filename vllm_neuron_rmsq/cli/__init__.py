@@ -14,20 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vllm_neuron_rmsq import __version__
 from vllm_neuron_rmsq.cli.errors import CommandError, shown_without_trace
+from vllm_neuron_rmsq.target import TARGETS, TRN2
 
 console = Console()
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-
-class Target(StrEnum):
-    """The targets of :data:`vllm_neuron_rmsq.target.TARGETS`."""
-
-    trn2 = "trn2"
-    trn3 = "trn3"
+Target = StrEnum("Target", {name: name for name in TARGETS})  # type: ignore[misc]  # mypy wants a literal
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,7 +42,7 @@ def options(
 def quantize(
     source: Annotated[Path, typer.Argument(help="Checkpoint directory with safetensors, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Checkpoint directory to make.")],
-    target: Annotated[Target, typer.Option(help="Range of the codes: ±240 or ±448.")] = Target.trn2,
+    target: Annotated[Target, typer.Option(help="Range of the codes: ±240 or ±448.")] = Target(TRN2.name),
 ) -> None:
     """Convert a bf16 checkpoint, or a GGUF file, to FP8: per-channel weights, per-token activations."""
     from vllm_neuron_rmsq import checkpoint
