@@ -24,7 +24,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -45,6 +45,7 @@ def missing(path: str) -> Iterator[None]:
         if inspect.isfunction(holder):
             stack.enter_context(_renamed_in_code(holder, last))
         elif parents:
+            cls: Any  # asked for what only some classes have
             for cls in inspect.getmro(holder if inspect.isclass(holder) else type(holder)):
                 if last in vars(cls):
                     stack.enter_context(_without(cls, last))
@@ -125,7 +126,7 @@ def foreign_norm(name: str) -> Iterator[None]:
     yield
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[str], contextlib.AbstractContextManager[object]]] = {
     "none": lambda name: contextlib.nullcontext(),
     "missing": missing,
     "called": called_differently,
@@ -203,9 +204,9 @@ def main() -> None:
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as pipe:
-            answer = pipe.read() or '{"error": "the process died"}'
+            text = pipe.read() or '{"error": "the process died"}'
         os.waitpid(child, 0)
-        os.write(answers, answer.encode() + b"\n")
+        os.write(answers, text.encode() + b"\n")
 
 
 if __name__ == "__main__":

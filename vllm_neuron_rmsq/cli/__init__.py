@@ -42,7 +42,7 @@ def options(
 def quantize(
     source: Annotated[Path, typer.Argument(help="Checkpoint directory with safetensors, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Checkpoint directory to make.")],
-    target: Annotated[Target, typer.Option(help="Range of the codes: ±240 or ±448.")] = Target(TRN2.name),
+    target: Annotated[Target, typer.Option(help="Range of the codes: ±240 or ±448.")] = Target[TRN2.name],
 ) -> None:
     """Convert a bf16 checkpoint, or a GGUF file, to FP8: per-channel weights, per-token activations."""
     from vllm_neuron_rmsq import checkpoint
