@@ -90,6 +90,9 @@ class Backend:
         serves: device types where ``auto`` puts it in place of vLLM's layers, being faster than those.
         prepacked_shape: shape ``(n, h) -> (...)`` of the weight in a layout of its own; ``None`` where its
             matmul reads the checkpoint's ``[N, H]`` as it is.
+        details: where it can run, what ``check`` says of how.
+        traced: whether a compiled graph must hold the calls its functions make, not the op's overload: a
+            compiler that knows those calls does not know our ops.
     """
 
     name: str
@@ -98,3 +101,5 @@ class Backend:
     devices: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
     prepacked_shape: Callable[[int, int], tuple[int, ...]] | None = None
+    details: Callable[[], str] = lambda: ""
+    traced: Callable[[], bool] = lambda: False

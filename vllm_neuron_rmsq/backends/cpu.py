@@ -79,4 +79,5 @@ BACKEND = Backend(
     devices=("cpu",),
     serves=("cpu",),
     prepacked_shape=prepacked_shape,
+    details=lambda: f"instruction sets {', '.join(isas())}",
 )

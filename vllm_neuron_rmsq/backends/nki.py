@@ -1,9 +1,5 @@
-"""Backend ``nki``: the NKI kernels on a Neuron device, through the PyTorch binding that is installed.
-
-``libtorch_neuronx_lite`` is what vLLM Neuron brings: its ``wrap_nki(kernel)[lnc](...)`` puts a kernel into a
-graph. ``torch_neuronx`` has the same function in its native form; with ``torch_xla`` the kernel itself is
-called on device tensors. LNC, the NeuronCores a kernel is launched on, must be the runtime's:
-NEURON_LOGICAL_NC_CONFIG, 2 where it is not set (Trainium2's and Trainium3's default).
+"""Backend ``nki``: the NKI kernels on a Neuron device, through the PyTorch binding that is installed
+(:mod:`vllm_neuron_rmsq.backends.neuron_binding`).
 
 What the kernels do not take is arranged here: leading dimensions are collapsed, inputs longer than a kernel's
 limit split, rows padded to one per NeuronCore. Backend ``nki-sim`` is this module launching into the
@@ -15,9 +11,7 @@ Neuron hardware yet. ``pytest -m neuron`` there is the acceptance run.
 
 from __future__ import annotations
 
-import functools
 import glob
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -28,25 +22,27 @@ import torch
 from torch import Tensor
 
 from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq.backends import neuron_binding
 from vllm_neuron_rmsq.backends.base import Backend
-from vllm_neuron_rmsq.target import TRN2, TRN3, Target
+from vllm_neuron_rmsq.backends.neuron_binding import Launch
+from vllm_neuron_rmsq.target import TARGETS, TRN2, TRN3, Target
 
-NKI_VERSION = (0, 6)
-"""The NKI release the kernels are written for."""
+NKI_VERSIONS = ((0, 6), (0, 7))
+"""Oldest and newest NKI release the kernels are written for. A newer one is tried; ``check`` says so."""
 
 PLATFORMS = {"trn2": TRN2, "gen3": TRN2, "trn3": TRN3, "gen4": TRN3}
 """Values of NEURON_PLATFORM_TARGET_OVERRIDE that the kernels run on, and what they mean."""
 
 INSTALL = (
-    "install the AWS Neuron SDK 2.32 (packages nki 0.6, neuronx-cc and libtorch_neuronx_lite from AWS's own "
-    "package index; those of the same names on PyPI are empty)"
+    "install the AWS Neuron SDK 2.32 or 2.33 (packages nki, neuronx-cc and torch-neuronx or "
+    "libtorch_neuronx_lite from AWS's own package index; those of the same names on PyPI are empty)"
 )
 
 DEVICES = ("neuron", "privateuseone", "xla")
 """What ``torch.device.type`` is under the native binding, before that is named, and under torch_xla."""
 
-Launch = Callable[[Any, dict[str, Any]], Any]
-"""Runs a kernel on the arguments it is given by name."""
+WITHOUT_DEVICE = ("NKI_SIMULATOR", "VLLM_NEURON_CPU_COMPILE")
+"""Variables that say, at 1, that there need be no device: AWS's simulator, and compiling on another host."""
 
 
 def unavailable() -> str | None:
@@ -54,18 +50,19 @@ def unavailable() -> str | None:
     version = _nki_version()
     if version is None:
         return f"the Neuron SDK's package `nki` is not installed; {INSTALL}"
-    if version[:2] != NKI_VERSION:
-        found, wanted = (".".join(map(str, v)) for v in (version, NKI_VERSION))
-        return f"the kernels are written for NKI {wanted}, but nki {found} is installed; {INSTALL}"
-    if _binding() is None:
-        return f"no PyTorch binding for Neuron: libtorch_neuronx_lite, torch_neuronx or torch_xla; {INSTALL}"
+    if version < NKI_VERSIONS[0]:
+        return (
+            f"the kernels are written for {_written_for()}, but nki {_text(version)} is installed; {INSTALL}"
+        )
+    if neuron_binding.find() is None:
+        return f"no PyTorch binding for Neuron: torch_neuronx, libtorch_neuronx_lite or torch_xla; {INSTALL}"
     override = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE")
     if override is not None and override not in PLATFORMS:
         return (
             f"NEURON_PLATFORM_TARGET_OVERRIDE={override} is no platform the kernels run on; expected one of "
             f"{', '.join(PLATFORMS)}"
         )
-    if not glob.glob("/dev/neuron[0-9]*") and os.environ.get("NKI_SIMULATOR") != "1":
+    if not any(os.environ.get(name) == "1" for name in WITHOUT_DEVICE) and not glob.glob("/dev/neuron[0-9]*"):
         return (
             "this machine has no Neuron device (/dev/neuron0); run on a Trainium2 or Trainium3 instance with "
             "the Neuron driver, or choose VLLM_RMSQ_BACKEND=nki-sim"
@@ -90,49 +87,37 @@ def _nki_version() -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-WRAPPERS = ("libtorch_neuronx_lite.nki.nki_hop", "torch_neuronx.nki_hop", "torch_neuronx")
-"""Modules that may hold ``wrap_nki``, in the order they are tried."""
+def details() -> str:
+    """Say by what the kernels would be called, on how many cores, and what is not sure."""
+    version, binding = _nki_version(), neuron_binding.find()
+    assert version is not None and binding is not None, "asked before unavailable() was None"
+    cores, source = neuron_binding.lnc()
+    text = f"nki {_text(version)}, {binding.name}, LNC {cores} ({source})"
+    if version[:2] > NKI_VERSIONS[1]:
+        text += f"; untried: the kernels are written for {_written_for()}"
+    return text
 
 
-@functools.cache
-def _binding() -> Callable[[Any, int], Callable[..., Any]] | None:
-    """Return a function ``(kernel, lnc) -> callable on device tensors``, or None without a binding."""
-    for name in WRAPPERS:
-        wrap = _attribute(name, "wrap_nki")
-        if wrap is not None:
-            wrapped = functools.cache(wrap)
-            return lambda kernel, lnc: wrapped(kernel)[lnc]
-    if importlib.util.find_spec("torch_xla") is not None:
-        return lambda kernel, lnc: kernel[lnc]
-    return None
+def _written_for() -> str:
+    return "NKI " + " to ".join(map(_text, NKI_VERSIONS))
 
 
-def _attribute(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def platform() -> Target:
     """Return the target this machine computes for: the override, else the binding's report, else trn2."""
+    return TARGETS[_platform_name()]
+
+
+@torch.compiler.assume_constant_result
+def _platform_name() -> str:
     override = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE")
     if override is not None:
-        return PLATFORMS[override]
-    detect = _attribute("libtorch_neuronx_lite.compile.platform", "get_platform_target")
-    return TRN2 if detect is None else PLATFORMS.get(str(detect()), TRN2)
-
-
-def logical_cores(default: int) -> int:
-    """Return LNC from NEURON_LOGICAL_NC_CONFIG.
-
-    Raises:
-        ValueError: it is neither 1 nor 2.
-    """
-    text = os.environ.get("NEURON_LOGICAL_NC_CONFIG", str(default))
-    if text not in ("1", "2"):
-        raise ValueError(f"NEURON_LOGICAL_NC_CONFIG: expected 1 or 2, got {text!r}")
-    return int(text)
+        return PLATFORMS[override].name
+    detect = neuron_binding.attribute("libtorch_neuronx_lite.compile.platform", "get_platform_target")
+    return (TRN2 if detect is None else PLATFORMS.get(str(detect()), TRN2)).name
 
 
 class Kernels:
@@ -169,16 +154,15 @@ class Kernels:
         width = hidden.shape[-1]
         if width > source.MAX_H:
             raise ValueError(f"hidden: expected H <= {source.MAX_H} (the NKI kernel's limit), got {width}")
-        arguments: dict[str, Any] = {"eps": eps, "lower_bound": lower_bound}
+        arguments: dict[str, Any] = {"eps": eps, "lower_bound": lower_bound, "ocp": self._ocp(target)}
         if weight is not None:
             arguments["weight"] = weight
         if static_scale is not None:
             arguments["static_scale"] = _on_every_partition(static_scale)
-        arguments |= self._mode(target)
-        rows = {"hidden": hidden} if residual is None else {"hidden": hidden, "residual": residual}
-        results = self._by_rows(
-            source.rms_norm_quant_bytes_kernel, rows, arguments, source.MAX_B * source.MAX_S
-        )
+        rows, kernel = {"hidden": hidden}, "rms_norm_quant"
+        if residual is not None:
+            rows, kernel = {"hidden": hidden, "residual": residual}, "add_rms_norm_quant"
+        results = self._by_rows(kernel, rows, arguments, source.MAX_B * source.MAX_S)
         if not results:  # no rows
             tail = fmt.SCALE_BYTES if static_scale is None else 0
             results = [
@@ -198,29 +182,27 @@ class Kernels:
         width = gate_up.shape[-1] // 2
         if width > source.MAX_I:
             raise ValueError(f"gate_up: expected I <= {source.MAX_I} (the NKI kernel's limit), got {width}")
-        arguments = self._mode(target)
+        arguments: dict[str, Any] = {"ocp": self._ocp(target)}
         if static_scale is not None:
             arguments["static_scale"] = _on_every_partition(static_scale)
-        results = self._by_rows(
-            source.silu_mul_quant_bytes_kernel, {"gate_up": gate_up}, arguments, source.MAX_T
-        )
+        results = self._by_rows("silu_mul_quant", {"gate_up": gate_up}, arguments, source.MAX_T)
         if not results:  # no rows
             tail = fmt.SCALE_BYTES if static_scale is None else 0
             return gate_up.new_empty((*gate_up.shape[:-1], width + tail), dtype=torch.uint8)
         return results[0]
 
-    def _mode(self, target: Target) -> dict[str, Any]:
-        """The argument that asks for codes of another range than Trainium2's."""
+    def _ocp(self, target: Target) -> bool:
+        """Whether codes are of another range than Trainium2's."""
         if target.fp8_max <= TRN2.fp8_max:
-            return {}
+            return False
         if self._platform() is not TRN3:
             raise ValueError("target: trn3 codes (±448) need Trainium3, and this is Trainium2")
-        return {"ocp": True}
+        return True
 
     def _by_rows(
-        self, kernel: Any, tensors: dict[str, Tensor], arguments: dict[str, Any], limit: int
+        self, kernel: str, tensors: dict[str, Tensor], arguments: dict[str, Any], limit: int
     ) -> list[Tensor]:
-        """Launch ``kernel`` on ``tensors [..., H]`` as rows, at most ``limit`` at once.
+        """Launch the kernel of an op on ``tensors [..., H]`` as rows, at most ``limit`` at once.
 
         Returns:
             its results with the tensors' leading dimensions; none where there are no rows.
@@ -269,20 +251,18 @@ class Kernels:
     ) -> Tensor:
         """See :class:`~vllm_neuron_rmsq.backends.base.Functions`."""
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
-        from vllm_neuron_rmsq.kernels.nki.rms_norm_quant import DtypeMode
 
-        arguments: dict[str, Any] = {"weight": weight, "weight_scale": weight_scale}
+        arguments: dict[str, Any] = {
+            "weight": weight,
+            "weight_scale": weight_scale,
+            "out_dtype": str(out_dtype).removeprefix("torch."),
+            "ocp": self._platform() is TRN3,
+        }
         if bias is not None:
             arguments["bias"] = bias
-        if out_dtype != torch.bfloat16:
-            arguments["out_dtype"] = source.OUT_DTYPES[str(out_dtype).removeprefix("torch.")]
-        if self._platform() is TRN3:
-            arguments["dtype_mode"] = DtypeMode.OCP
         rows = packed.reshape(-1, packed.shape[-1])
         out = [
-            self._launch(
-                source.packed_fp8_linear_kernel, {"packed": rows[start:stop].contiguous()} | arguments
-            )
+            self._launch("packed_fp8_linear", {"packed": rows[start:stop].contiguous()} | arguments)
             for start, stop in _parts(rows.shape[0], source.MAX_T)
         ]
         joined = torch.cat(out) if len(out) > 1 else (out or [rows.new_empty((0,), dtype=out_dtype)])[0]
@@ -295,6 +275,8 @@ def _on_every_partition(static_scale: Tensor) -> Tensor:
 
 
 def _parts(rows: int, limit: int) -> list[tuple[int, int]]:
+    if 0 < rows <= limit:  # what a traced graph sees: one part, whatever the number of rows
+        return [(0, rows)]
     return [(start, min(start + limit, rows)) for start in range(0, rows, limit)]
 
 
@@ -305,18 +287,18 @@ def prepacked_shape(out_features: int, in_features: int) -> tuple[int, int]:
     return source.prepacked_shape(out_features, in_features)
 
 
-def _on_device(kernel: Any, arguments: dict[str, Any]) -> Any:
-    binding = _binding()
-    if binding is None:
-        raise RuntimeError(unavailable() or "no PyTorch binding for Neuron")
-    return binding(kernel, logical_cores(default=2))(**arguments)
+def _traced() -> bool:
+    binding = neuron_binding.find()
+    return binding is not None and binding.traced
 
 
 BACKEND = Backend(
     name="nki",
     unavailable=lambda: unavailable(),
-    functions=Kernels(_on_device, functools.partial(logical_cores, default=2), platform),
+    functions=Kernels(neuron_binding.launch, neuron_binding.logical_cores, platform),
     devices=DEVICES,
     serves=DEVICES,
     prepacked_shape=prepacked_shape,
+    details=details,
+    traced=_traced,
 )

@@ -8,17 +8,19 @@ backends multiply.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import os
 from typing import Any
 
 import torch
 
-from vllm_neuron_rmsq.backends import nki
+from vllm_neuron_rmsq.backends import neuron_binding, nki
 from vllm_neuron_rmsq.backends.base import Backend
 from vllm_neuron_rmsq.target import TRN2, TRN3
 
-_cores = functools.partial(nki.logical_cores, default=1)
+
+def _cores() -> int:
+    return neuron_binding.lnc()[0] if "NEURON_LOGICAL_NC_CONFIG" in os.environ else 1
 
 
 def unavailable() -> str | None:
@@ -29,15 +31,15 @@ def unavailable() -> str | None:
     return None
 
 
-def _simulated(kernel: Any, arguments: dict[str, Any]) -> Any:
+def _simulated(kernel: str, arguments: dict[str, Any]) -> Any:
     from vllm_neuron_rmsq.kernels.nki.simulator import simulate
 
     device = next(iter(arguments.values())).device
     if device.type != "cpu":
         raise ValueError(f"backend nki-sim: expected tensors on the CPU, got {device}")
-    target = TRN3 if "ocp" in arguments or "dtype_mode" in arguments else TRN2
+    target = TRN3 if arguments["ocp"] else TRN2
     with torch.no_grad():
-        return simulate(kernel, _cores(), target=target.name)(**arguments)
+        return simulate(neuron_binding.kernel(kernel), _cores(), target=target.name)(**arguments)
 
 
 BACKEND = Backend(

@@ -32,10 +32,15 @@ def check(console: Console) -> None:
     table = Table("backend", "on this machine", title=title)
     reasons = {name: backends.unavailable(name) for name in backends.names()}
     for name, reason in reasons.items():
-        table.add_row(name, "can run" if reason is None else reason)
+        table.add_row(name, _how(name) if reason is None else reason)
     console.print(table)
     if reasons.get(choice.backend):
         raise CommandError(f"VLLM_RMSQ_BACKEND={choice.backend} cannot run here: {reasons[choice.backend]}")
+
+
+def _how(name: str) -> str:
+    details = backends.get(name).details()
+    return f"can run: {details}" if details else "can run"
 
 
 def _version(package: str) -> str:

@@ -102,6 +102,19 @@ def backend(name: str | None, device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
+def traced(name: str) -> bool:
+    """Whether a graph must hold what the functions of backend ``name`` call, and not the op's overload."""
+    return backends.get(name).traced()
+
+
+def functions(name: str) -> Functions:
+    """Return the functions of a backend that has some."""
+    found = backends.get(name).functions
+    assert found is not None
+    return found
+
+
+@torch.compiler.assume_constant_result
 def fp8_max(chosen: target.Target | str | None) -> float:
     """Return R of a target, of the setting in force for ``None``; a schema takes numbers, not objects.
 

@@ -106,8 +106,10 @@ def packed_fp8_linear(
     for name, tensor in (("weight", weight.data), ("weight_scale", weight_scale), ("bias", bias)):
         if tensor is not None and tensor.device != packed.device:
             raise ValueError(f"{name}: expected device {packed.device} (packed's), got {tensor.device}")
-    op = _LINEAR.overloads[weight.backend]
-    return op(packed, weight.data, weight_scale, bias, weight.out_features, out_dtype)
+    arguments = (packed, weight.data, weight_scale, bias, weight.out_features, out_dtype)
+    if torch.compiler.is_compiling() and dispatch.traced(weight.backend):
+        return _linear(dispatch.functions(weight.backend), *arguments)
+    return _LINEAR.overloads[weight.backend](*arguments)
 
 
 def _check_scale(weight_scale: Tensor, out_features: int) -> None:

@@ -94,6 +94,11 @@ def rms_norm_quant(
         reference.check_rms_norm_quant(hidden, weight, eps, residual, lower_bound, static_scale)
     limit = dispatch.fp8_max(target)
     scale = dispatch.scale_tensor(static_scale, hidden)
+    if torch.compiler.is_compiling() and dispatch.traced(name):
+        if residual is None:
+            return _norm(dispatch.functions(name), hidden, weight, eps, lower_bound, scale, limit)
+        functions = dispatch.functions(name)
+        return _add_norm(functions, hidden, weight, eps, residual, lower_bound, scale, limit)
     try:
         if residual is None:
             return _NORM.overloads[name](hidden, weight, eps, lower_bound, scale, limit)
@@ -126,9 +131,11 @@ def _add_norm(
     lower_bound: float,
     static_scale: Tensor | None,
     fp8_max: float,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     target = of_fp8_max(fp8_max)
-    return functions.rms_norm_quant(hidden, weight, eps, residual, lower_bound, static_scale, target)
+    out = functions.rms_norm_quant(hidden, weight, eps, residual, lower_bound, static_scale, target)
+    assert out[1] is not None
+    return out[0], out[1]
 
 
 def _norm_fake(

@@ -44,7 +44,10 @@ def silu_mul_quant(
     name = dispatch.backend(backend, "cpu" if gate_up.is_cpu else gate_up.device.type)
     reference.check_silu_mul_quant(gate_up, static_scale)
     scale = dispatch.scale_tensor(static_scale, gate_up)
-    return _OP.overloads[name](gate_up, scale, dispatch.fp8_max(target))
+    limit = dispatch.fp8_max(target)
+    if torch.compiler.is_compiling() and dispatch.traced(name):
+        return _compute(dispatch.functions(name), gate_up, scale, limit)
+    return _OP.overloads[name](gate_up, scale, limit)
 
 
 def _compute(functions: Functions, gate_up: Tensor, static_scale: Tensor | None, fp8_max: float) -> Tensor:
