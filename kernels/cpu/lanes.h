@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#include "rmsnorm_quant.h"
+#include "rms_norm_quant.h"
 
 namespace rmsq {
 namespace RMSQ_ISA {

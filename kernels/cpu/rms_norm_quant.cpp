@@ -11,7 +11,7 @@
 // finds Σx² and max|z| and leaves z in a buffer that stays in the cache, and a second one over that buffer
 // writes the codes (quantize_row). Where something else decides (the floor 1e-6, a lower bound in force, a given
 // scale, numbers at the ends of fp32's range) the row is done over as the formula has it (quantize_by_formula).
-#include "rmsnorm_quant.h"
+#include "rms_norm_quant.h"
 
 #include "lanes.h"
 

@@ -23,7 +23,7 @@ constexpr int64_t kGroupRows = 60;
 
 enum class FloatType { fp32, bf16, fp16 };
 
-struct PackedMatmul {
+struct PackedLinear {
     const uint8_t* packed;  // [T, H + 4]: codes, then the row's scale, at any alignment
     int64_t row_stride;     // bytes
     int64_t rows;           // T
@@ -48,7 +48,7 @@ struct PackedMatmul {
 RMSQ_DECLARE_KERNEL(int64_t activation_row_bytes(int64_t hidden))
 
 // Convert the codes of rows [first, last) into `activations`.
-RMSQ_DECLARE_KERNEL(void expand_activations(const PackedMatmul& matmul, int64_t first, int64_t last))
+RMSQ_DECLARE_KERNEL(void expand_activations(const PackedLinear& linear, int64_t first, int64_t last))
 
 // Compute items [first, last) of blocks * groups: item i is group i % groups of the rows of block i / groups.
 //
@@ -57,4 +57,4 @@ RMSQ_DECLARE_KERNEL(void expand_activations(const PackedMatmul& matmul, int64_t 
 // The sum is one fp32 accumulator that takes the pairs in ascending order and the second of a pair first, as
 // vdpbf16ps does; products of two FP8 values are exact in fp32. So a row gives the same bits in any batch, on
 // any thread and at every level.
-RMSQ_DECLARE_KERNEL(void multiply_packed(const PackedMatmul& matmul, int64_t first, int64_t last))
+RMSQ_DECLARE_KERNEL(void packed_fp8_linear_items(const PackedLinear& linear, int64_t first, int64_t last))

@@ -1,5 +1,5 @@
-// The torch ops over the kernels of packed_fp8_matmul.cpp: checks, memory, threads.
-#include "packed_fp8_matmul.h"
+// The torch ops over the kernels of packed_fp8_linear.cpp: checks, memory, threads.
+#include "packed_fp8_linear.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -130,40 +130,40 @@ Tensor packed_fp8_linear(
     const int64_t total = packed.numel() / packed.size(rank - 1);
     if (total == 0) return out;
 
-    rmsq::PackedMatmul matmul = {};
-    matmul.row_stride = *stride;
-    matmul.hidden = hidden;
-    matmul.weight = static_cast<const uint8_t*>(weight.data_ptr());
-    matmul.outputs = outputs;
-    matmul.weight_scale = static_cast<const float*>(weight_scale.data_ptr());
-    matmul.one_scale = weight_scale.size(0) == 1;
-    matmul.bias = bias ? bias->data_ptr() : nullptr;
-    matmul.bias_type = bias_type.value_or(rmsq::FloatType::fp32);
-    matmul.out_type = *out_type;
-    matmul.blocks = blocks;
-    matmul.pairs = pairs;
+    rmsq::PackedLinear linear = {};
+    linear.row_stride = *stride;
+    linear.hidden = hidden;
+    linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
+    linear.outputs = outputs;
+    linear.weight_scale = static_cast<const float*>(weight_scale.data_ptr());
+    linear.one_scale = weight_scale.size(0) == 1;
+    linear.bias = bias ? bias->data_ptr() : nullptr;
+    linear.bias_type = bias_type.value_or(rmsq::FloatType::fp32);
+    linear.out_type = *out_type;
+    linear.blocks = blocks;
+    linear.pairs = pairs;
     const int64_t row_bytes = RMSQ_KERNEL(activation_row_bytes)(hidden);
     const int64_t passes = ceil_div(total, std::max<int64_t>(1, kScratchBytes / row_bytes));
     const std::unique_ptr<void, decltype(&std::free)> scratch(
         std::aligned_alloc(64, ceil_div(total, passes) * row_bytes), &std::free);
     if (!scratch) throw std::bad_alloc();
-    matmul.activations = scratch.get();
+    linear.activations = scratch.get();
 
     const auto expand = RMSQ_KERNEL(expand_activations);
-    const auto multiply = RMSQ_KERNEL(multiply_packed);
+    const auto multiply = RMSQ_KERNEL(packed_fp8_linear_items);
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t row = total * pass / passes;
-        matmul.rows = total * (pass + 1) / passes - row;
-        matmul.groups = ceil_div(matmul.rows, rmsq::kGroupRows);
-        matmul.packed = static_cast<const uint8_t*>(packed.data_ptr()) + row * *stride;
-        matmul.out = static_cast<char*>(out.data_ptr()) + row * outputs * out.element_size();
-        rmsq::parallel_for(0, matmul.rows, ceil_div(kThreadCodes, hidden), [&](int64_t first, int64_t last) {
-            expand(matmul, first, last);
+        linear.rows = total * (pass + 1) / passes - row;
+        linear.groups = ceil_div(linear.rows, rmsq::kGroupRows);
+        linear.packed = static_cast<const uint8_t*>(packed.data_ptr()) + row * *stride;
+        linear.out = static_cast<char*>(out.data_ptr()) + row * outputs * out.element_size();
+        rmsq::parallel_for(0, linear.rows, ceil_div(kThreadCodes, hidden), [&](int64_t first, int64_t last) {
+            expand(linear, first, last);
         });
-        const int64_t item_products = ceil_div(matmul.rows, matmul.groups) * pairs * 2 * kBlockOutputs;
+        const int64_t item_products = ceil_div(linear.rows, linear.groups) * pairs * 2 * kBlockOutputs;
         const int64_t grain = ceil_div(kThreadProducts, item_products);
-        rmsq::parallel_for(0, blocks * matmul.groups, grain, [&](int64_t first, int64_t last) {
-            multiply(matmul, first, last);
+        rmsq::parallel_for(0, blocks * linear.groups, grain, [&](int64_t first, int64_t last) {
+            multiply(linear, first, last);
         });
     }
     return out;

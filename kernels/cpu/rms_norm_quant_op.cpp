@@ -1,6 +1,6 @@
 // torch.ops.neuron_rmsq.rms_norm_quant.cpu and add_rms_norm_quant.cpu: check the arguments, share out the rows.
 // (torch brings only plain CPU tensors here: sparse ones, and calls with a tensor of another device, go elsewhere.)
-#include "rmsnorm_quant.h"
+#include "rms_norm_quant.h"
 
 #include <algorithm>
 #include <cmath>

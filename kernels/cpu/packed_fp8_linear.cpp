@@ -6,7 +6,7 @@
 //             costs as much as several rows, so a chunk is converted to bf16 in L1 and serves all rows.
 //     tile    up to kTileRows rows by the block's outputs, sums in registers
 //     finish  scales, bias, rounding
-#include "packed_fp8_matmul.h"
+#include "packed_fp8_linear.h"
 
 #include <string.h>
 
@@ -21,7 +21,7 @@ namespace {
 using rmsq::FloatType;
 using rmsq::kBlockOutputs;
 using rmsq::kGroupRows;
-using rmsq::PackedMatmul;
+using rmsq::PackedLinear;
 
 constexpr int64_t kPairCodes = 2 * kBlockOutputs;  // of a pair, in a block
 
@@ -345,49 +345,49 @@ void load_floats(const void* from, FloatType type, int64_t start, int64_t count,
 }
 
 // Scale, shift and round one row of a block, and write as many outputs as there are.
-void finish(const PackedMatmul& matmul, const float* sums, int64_t row, const float* scales,
+void finish(const PackedLinear& linear, const float* sums, int64_t row, const float* scales,
             const float* bias, int64_t output, int64_t count) {
     float row_scale;
-    memcpy(&row_scale, matmul.packed + row * matmul.row_stride + matmul.hidden, sizeof row_scale);
+    memcpy(&row_scale, linear.packed + row * linear.row_stride + linear.hidden, sizeof row_scale);
     float values[kBlockOutputs];
     for (int n = 0; n < kBlockOutputs; ++n) values[n] = sums[n] * row_scale * scales[n];
-    if (matmul.bias != nullptr) {
+    if (linear.bias != nullptr) {
         for (int n = 0; n < kBlockOutputs; ++n) values[n] += bias[n];
     }
-    const int64_t at = row * matmul.outputs + output;
-    if (matmul.out_type == FloatType::fp32) {
-        memcpy(static_cast<float*>(matmul.out) + at, values, count * sizeof *values);
+    const int64_t at = row * linear.outputs + output;
+    if (linear.out_type == FloatType::fp32) {
+        memcpy(static_cast<float*>(linear.out) + at, values, count * sizeof *values);
         return;
     }
     uint16_t halves[kBlockOutputs];
-    if (matmul.out_type == FloatType::bf16) {
+    if (linear.out_type == FloatType::bf16) {
         for (int n = 0; n < kBlockOutputs; ++n) halves[n] = round_to_bf16(values[n]);
     } else {
         for (int n = 0; n < kBlockOutputs; ++n) halves[n] = round_to_fp16(values[n]);
     }
-    memcpy(static_cast<uint16_t*>(matmul.out) + at, halves, count * sizeof *halves);
+    memcpy(static_cast<uint16_t*>(linear.out) + at, halves, count * sizeof *halves);
 }
 
 }  // namespace
 
 int64_t rmsq::RMSQ_ISA::activation_row_bytes(int64_t hidden) { return unit_stride(hidden) * sizeof(Unit); }
 
-void rmsq::RMSQ_ISA::expand_activations(const PackedMatmul& matmul, int64_t first, int64_t last) {
-    Unit* units = static_cast<Unit*>(matmul.activations);
-    const int64_t stride = unit_stride(matmul.hidden);
+void rmsq::RMSQ_ISA::expand_activations(const PackedLinear& linear, int64_t first, int64_t last) {
+    Unit* units = static_cast<Unit*>(linear.activations);
+    const int64_t stride = unit_stride(linear.hidden);
     for (int64_t row = first; row < last; ++row) {
-        expand_row(matmul.packed + row * matmul.row_stride, matmul.hidden, units + row * stride);
+        expand_row(linear.packed + row * linear.row_stride, linear.hidden, units + row * stride);
     }
 }
 
-void rmsq::RMSQ_ISA::multiply_packed(const PackedMatmul& matmul, int64_t first, int64_t last) {
-    const int64_t pairs = matmul.pairs, groups = matmul.groups, stride = unit_stride(matmul.hidden);
+void rmsq::RMSQ_ISA::packed_fp8_linear_items(const PackedLinear& linear, int64_t first, int64_t last) {
+    const int64_t pairs = linear.pairs, groups = linear.groups, stride = unit_stride(linear.hidden);
     for (int64_t item = first; item < last; ++item) {
         const int64_t block = item / groups, group = item % groups;
-        const int64_t row = matmul.rows * group / groups, rows = matmul.rows * (group + 1) / groups - row;
+        const int64_t row = linear.rows * group / groups, rows = linear.rows * (group + 1) / groups - row;
         const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-        const uint8_t* codes = matmul.weight + block * pairs * kPairCodes;
-        const Unit* units = static_cast<const Unit*>(matmul.activations) + row * stride;
+        const uint8_t* codes = linear.weight + block * pairs * kPairCodes;
+        const Unit* units = static_cast<const Unit*>(linear.activations) + row * stride;
 
         alignas(64) float sums[kGroupRows * kBlockOutputs];
         alignas(64) Staged buffer[kStageBuffer + 1];
@@ -403,16 +403,16 @@ void rmsq::RMSQ_ISA::multiply_packed(const PackedMatmul& matmul, int64_t first, 
             }
         }
 
-        const int64_t output = block * kBlockOutputs, count = smaller(kBlockOutputs, matmul.outputs - output);
+        const int64_t output = block * kBlockOutputs, count = smaller(kBlockOutputs, linear.outputs - output);
         float scales[kBlockOutputs] = {}, bias[kBlockOutputs] = {};
-        if (matmul.one_scale) {
-            for (int64_t n = 0; n < count; ++n) scales[n] = *matmul.weight_scale;
+        if (linear.one_scale) {
+            for (int64_t n = 0; n < count; ++n) scales[n] = *linear.weight_scale;
         } else {
-            memcpy(scales, matmul.weight_scale + output, count * sizeof *scales);
+            memcpy(scales, linear.weight_scale + output, count * sizeof *scales);
         }
-        if (matmul.bias != nullptr) load_floats(matmul.bias, matmul.bias_type, output, count, bias);
+        if (linear.bias != nullptr) load_floats(linear.bias, linear.bias_type, output, count, bias);
         for (int64_t r = 0; r < rows; ++r) {
-            finish(matmul, sums + r * kBlockOutputs, row + r, scales, bias, output, count);
+            finish(linear, sums + r * kBlockOutputs, row + r, scales, bias, output, count);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""kernels/cpu/packed_fp8_matmul.cpp against float64, on every instruction-set level this machine has.
+"""kernels/cpu/packed_fp8_linear.cpp against float64, on every instruction-set level this machine has.
 
 Dimensions:
     T: rows (tokens)
