@@ -34,7 +34,8 @@ extern "C" {
 // Name of the best level this machine has.
 [[gnu::visibility("default")]] const char* rmsq_best_isa() { return kNames[static_cast<int>(best())]; }
 
-// Put a level in force; "auto" is the best. Returns 0, or 1 when the machine lacks it or no level has that name.
+// Put a level in force; "auto" is the best. Returns 0, or 1 when the machine lacks it or no level has that
+// name.
 [[gnu::visibility("default")]] int rmsq_set_isa(const char* name) {
     if (std::strcmp(name, "auto") == 0) {
         in_force = best();

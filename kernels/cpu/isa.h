@@ -15,6 +15,7 @@ Isa isa();
 }  // namespace rmsq
 
 // Declare a kernel in every level's namespace, and call it in the one in force.
+// clang-format off: a line for each level
 #if defined(__x86_64__)
 #define RMSQ_DECLARE_KERNEL(signature)         \
     namespace rmsq {                           \
@@ -35,3 +36,4 @@ Isa isa();
     }
 #define RMSQ_KERNEL(name) (rmsq::portable::name)
 #endif
+// clang-format on

@@ -1,8 +1,8 @@
 // Memory for the norm's largest outputs, used again instead of given back.
 //
 // glibc maps every block of 32 MiB and more afresh and unmaps it when it is freed. The system must clear such
-// pages first, which takes as long as a third of the norm that fills them. So freed blocks wait here for the next
-// call, up to kKeptBytes of them. (Smaller blocks malloc keeps by itself.)
+// pages first, which takes as long as a third of the norm that fills them. So freed blocks wait here for the
+// next call, up to kKeptBytes of them. (Smaller blocks malloc keeps by itself.)
 #pragma once
 
 #include <cstdint>

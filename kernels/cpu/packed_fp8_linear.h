@@ -2,7 +2,7 @@
 //
 // Dimensions:
 //     T: rows (tokens)
-//     H: hidden size, the contraction dimension; a "pair" is two neighbours along it, and an odd H is padded
+//     H: input features, the contraction dimension; a "pair" is two neighbours along it, an odd H is padded
 //     N: output features, in blocks of 32, the last padded with zeros
 //
 // Prepacked weight, uint8 [ceil(N/32), ceil(H/2), 64]: byte (n % 32) * 2 + h % 2 of [n / 32, h / 2] is
@@ -12,43 +12,45 @@
 
 #include <stdint.h>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace rmsq {
 
 constexpr int64_t kBlockOutputs = 32;
+constexpr int64_t kPairCodes = 2 * kBlockOutputs;  // of a pair, in a block
+
+// How far ahead of its use the weight is asked for, into the second-level cache: far enough for memory, near
+// enough to be there still. (The processor itself fetches from there to the first level.)
+constexpr int64_t kPrefetchBytes = 8192;
 
 // One thread takes at most this many rows of a block at a time.
 constexpr int64_t kGroupRows = 60;
 
-enum class FloatType { fp32, bf16, fp16 };
-
-struct PackedLinear {
+struct PackedFp8Linear {
     const uint8_t* packed;  // [T, H + 4]: codes, then the row's scale, at any alignment
-    int64_t row_stride;     // bytes
-    int64_t rows;           // T
-    int64_t hidden;         // H
-    const uint8_t* weight;  // prepacked
-    int64_t outputs;        // N
+    int64_t packed_stride;  // bytes
+    int64_t T, H, N;
+    int64_t blocks;             // ceil(N / kBlockOutputs)
+    int64_t pairs;              // ceil(H / 2)
+    int64_t groups;             // ceil(T / kGroupRows)
+    const uint8_t* weight;      // prepacked
     const float* weight_scale;  // [N], or [1] when one_scale
     bool one_scale;
-    const void* bias;  // [N] of bias_type, or null
-    FloatType bias_type;
-    void* out;         // [T, N] of out_type, contiguous
-    FloatType out_type;
-    void* activations;      // scratch of T * activation_row_bytes(H), aligned to 64, for expand_activations
-    int64_t blocks;         // ceil(N / kBlockOutputs)
-    int64_t pairs;          // ceil(H / 2)
-    int64_t groups;         // ceil(T / kGroupRows)
+    const void* bias;  // [N] of bias_dtype, or null
+    Dtype bias_dtype;
+    void* out;  // [T, N] of out_dtype, contiguous
+    Dtype out_dtype;
+    void* activations;  // scratch of T * activation_row_bytes(H), aligned to 64, for expand_activations
 };
 
 }  // namespace rmsq
 
 // Bytes of scratch that one row of activations takes.
-RMSQ_DECLARE_KERNEL(int64_t activation_row_bytes(int64_t hidden))
+RMSQ_DECLARE_KERNEL(int64_t activation_row_bytes(int64_t H))
 
 // Convert the codes of rows [first, last) into `activations`.
-RMSQ_DECLARE_KERNEL(void expand_activations(const PackedLinear& linear, int64_t first, int64_t last))
+RMSQ_DECLARE_KERNEL(void expand_activations(const PackedFp8Linear& linear, int64_t first, int64_t last))
 
 // Compute items [first, last) of blocks * groups: item i is group i % groups of the rows of block i / groups.
 //
@@ -57,4 +59,4 @@ RMSQ_DECLARE_KERNEL(void expand_activations(const PackedLinear& linear, int64_t 
 // The sum is one fp32 accumulator that takes the pairs in ascending order and the second of a pair first, as
 // vdpbf16ps does; products of two FP8 values are exact in fp32. So a row gives the same bits in any batch, on
 // any thread and at every level.
-RMSQ_DECLARE_KERNEL(void packed_fp8_linear_items(const PackedLinear& linear, int64_t first, int64_t last))
+RMSQ_DECLARE_KERNEL(void multiply_items(const PackedFp8Linear& linear, int64_t first, int64_t last))
