@@ -41,7 +41,10 @@ ALIGNMENT = 32  # features, and rows: distances between the halves of a double_r
 WEIGHT_BYTES = 98304  # per partition for blocks of weight: all of this program's where they fit, else in turn
 ROW_TILES = 8  # tiles of 128 rows that share one pass over the weight
 PIECES = 4  # parts in which rows and weight arrive, so that the first matmul need not wait for the last byte
-STAGES = 4  # pieces of rows on their way from the transpose to TensorE
+FEW_ROWS = 128  # up to here TensorE, which has the time, transposes rows; DMA is slow with few
+FEW_ROWS_PIECES = 8  # then there is but one tile of rows, and what follows the last byte counts
+TRANSPOSE_BANKS = 2  # of PSUM, then
+STAGES = 4  # pieces of rows on their way to TensorE, from where they are transposed; of few rows all pieces
 RESULTS = 4  # tiles of results on their way out
 SBUF_RESERVE = 2048  # bytes per partition for the tiles of one number per row
 
@@ -211,6 +214,7 @@ class _Plan(nl.NKIObject):
         tiles, row_tiles: tiles of 128 rows, in all and in a row block, which shares a pass over the weight.
         row_buffers: tiles of rows in SBUF: two row blocks where there is room, else one.
         stages: pieces of rows on their way.
+        few_rows: TensorE transposes them.
     """
 
     def __init__(self, rows: int, in_features: int, features: int):
@@ -222,7 +226,9 @@ class _Plan(nl.NKIObject):
         self.columns = _aligned(self.width)
         blocks = (features + self.width - 1) // self.width
         self.first_block, self.last_block = share(blocks)
-        self.piece_chunks = (self.chunks + PIECES - 1) // PIECES
+        self.few_rows = rows <= FEW_ROWS
+        pieces = FEW_ROWS_PIECES if self.few_rows else PIECES
+        self.piece_chunks = (self.chunks + pieces - 1) // pieces
         self.pieces = (self.chunks + self.piece_chunks - 1) // self.piece_chunks
         self.pitch = _aligned(min(rows, pmax))
         self.tiles = (rows + pmax - 1) // pmax
@@ -233,12 +239,12 @@ class _Plan(nl.NKIObject):
         self.weight_buffers = min(mine, max(2, WEIGHT_BYTES // block_bytes))
         self.resident = self.weight_buffers == mine
         piece_bytes = self.piece_chunks * 2 * self.pitch
-        if in_features % 2 == 1:
+        if self.goes_by_sbuf():
             piece_bytes += self.piece_chunks * self.partitions * 2
         tile_bytes = self.pieces * self.piece_chunks * 2 * self.pitch
         room = nl.tile_size.sbuf_fmax_bytes - SBUF_RESERVE - RESULTS * 4 * self.columns
         room -= self.weight_buffers * block_bytes
-        self.stages = STAGES
+        self.stages = self.pieces if self.few_rows else STAGES
         while self.stages > 1 and room - self.stages * piece_bytes < tile_bytes:
             self.stages -= 1
         fitting = (room - self.stages * piece_bytes) // tile_bytes
@@ -249,6 +255,13 @@ class _Plan(nl.NKIObject):
             row_blocks = (self.tiles + most - 1) // most
             self.row_tiles = (self.tiles + row_blocks - 1) // row_blocks
             self.row_buffers = min(fitting, 2 * self.row_tiles)
+
+    def goes_by_sbuf(self) -> bool:
+        """Return whether rows are in SBUF before they are transposed.
+
+        An odd H leaves no 2-byte view of them in HBM, and TensorE reads SBUF.
+        """
+        return self.few_rows or self.in_features % 2 == 1
 
     def rows_of(self, tile: int):
         """Return rows ``start, stop`` of a tile."""
@@ -371,6 +384,12 @@ class _Rows(nl.NKIObject):
         self.fp8 = fp8
         self.pieces, self.scales, self.stages, self.padded = [], [], [], []
         self.turn = 0
+        self.banks = []
+        if plan.few_rows:
+            for _ in range(TRANSPOSE_BANKS):
+                bank = (pmax, nl.tile_size.psum_bank_fmax * 2)
+                self.banks.append(nl.ndarray(bank, dtype=nl.bfloat16, buffer=nl.psum))
+        self.bank = 0
         staged = (plan.partitions, plan.piece_chunks, plan.pitch)
         padded = (pmax, plan.piece_chunks * plan.partitions * 2)
         for _ in range(plan.row_buffers):
@@ -383,7 +402,7 @@ class _Rows(nl.NKIObject):
             self.scales.append(nl.ndarray((pmax, 1), dtype=nl.float32, buffer=nl.sbuf))
         for _ in range(plan.stages):
             self.stages.append(nl.ndarray(staged, dtype=nl.bfloat16, buffer=nl.sbuf))
-            if plan.in_features % 2 == 1:
+            if plan.goes_by_sbuf():
                 self.padded.append(nl.ndarray(padded, dtype=nl.uint8, buffer=nl.sbuf))
 
     def load(self, tile: int):
@@ -395,47 +414,63 @@ class _Rows(nl.NKIObject):
     def load_piece(self, tile: int, piece: int):
         """Load and transpose some chunks of a tile, as 2-byte pairs, then put the pairs' halves apart."""
         start, stop = self.plan.rows_of(tile)
-        stage = self.stages[self.turn % self.plan.stages]
-        if not DEINTERLEAVE:
-            stage = self._interleaved(tile, piece)
-        source = self._pairs(start, stop, piece)
+        rows = stop - start
+        stage = self.stages[self.turn % self.plan.stages] if DEINTERLEAVE else self._interleaved(tile, piece)
+        pairs = self._pairs(start, stop, piece)
         first, last = self.plan.chunks_of(piece)
-        whole = last - first
-        if self.plan.in_features % 2 == 0 and self.plan.pairs_in(last - 1) < self.plan.partitions:
-            whole -= 1
         partitions = self.plan.partitions
+        whole = pairs.shape[1] // partitions
         if whole > 0:
-            nisa.dma_transpose(
-                dst=stage[:, 0:whole, 0 : stop - start],
-                src=source[:, 0 : whole * partitions].reshape_dim(1, (whole, partitions)),
-                axes=(2, 1, 0),
-            )
-            self._take_apart(tile, piece, stage[:, 0:whole, :], 0, stop - start)
+            source = pairs[:, 0 : whole * partitions].reshape_dim(1, (whole, partitions))
+            self._transpose(stage[:, 0:whole, 0:rows], source)
+            self._take_apart(tile, piece, stage[:, 0:whole, :], 0, rows)
         if whole < last - first:
-            used = self.plan.pairs_in(last - 1)
-            at = whole * partitions
-            nisa.dma_transpose(
-                dst=stage[0:used, whole, 0 : stop - start], src=source[:, at : at + used], axes=(1, 0)
-            )
-            self._take_apart(tile, piece, stage[0:used, whole : whole + 1, :], whole, stop - start)
+            source = pairs[:, whole * partitions : pairs.shape[1]]
+            used = source.shape[1]
+            self._transpose(stage[0:used, whole : whole + 1, 0:rows], source.reshape_dim(1, (1, used)))
+            self._take_apart(tile, piece, stage[0:used, whole : whole + 1, :], whole, rows)
         self.turn += 1
 
     def _pairs(self, start: int, stop: int, piece: int):
         """Return pairs of codes, ``[rows, pairs]`` as bf16 (nothing computes with them), of a piece's chunks.
 
-        An odd H leaves no 2-byte view of the rows in HBM. They go by way of SBUF, where zeros fill the chunk.
+        They are in HBM or, where that will not do, were copied to SBUF, with zeros up to a whole pair.
         """
         first, last = self.plan.chunks_of(piece)
-        at, end = first * self.plan.partitions * 2, last * self.plan.partitions * 2
-        if self.plan.in_features % 2 == 0:
-            end = min(end, self.plan.in_features)
-            return self.source.view(nl.bfloat16)[start:stop, at // 2 : end // 2]
-        padded = self.padded[self.turn % self.plan.stages][0 : stop - start, :]
-        codes = min(end, self.plan.in_features) - at
-        if at + codes < end:
-            nisa.memset(padded[:, codes : end - at], 0, engine=nisa.engine.gpsimd)
-        nisa.dma_copy(dst=padded[:, 0:codes], src=self.source.view(nl.uint8)[start:stop, at : at + codes])
-        return padded[:, 0 : end - at].view(nl.bfloat16)
+        at = first * self.plan.partitions * 2
+        codes = min(last * self.plan.partitions * 2, self.plan.in_features) - at
+        source = self.source.view(nl.uint8)[start:stop, at : at + codes]
+        if not self.plan.goes_by_sbuf():
+            return source.view(nl.bfloat16)
+        padded = self.padded[self.turn % self.plan.stages][0 : stop - start, 0 : (codes + 1) // 2 * 2]
+        if codes % 2 == 1:
+            nisa.memset(padded[:, codes : codes + 1], 0, engine=nisa.engine.gpsimd)
+        nisa.dma_copy(dst=padded[:, 0:codes], src=source)
+        return padded.view(nl.bfloat16)
+
+    def _transpose(self, dst, source):
+        """``dst [p, chunks, rows] = source [rows, chunks, p]``, pairs of codes as they are."""
+        if not self.plan.few_rows:
+            nisa.dma_transpose(dst=dst, src=source, axes=(2, 1, 0))
+            return
+        used, chunks, rows = dst.shape
+        together = nl.tile_size.psum_bank_fmax * 2 // self.plan.pitch
+        for first in range(0, chunks, together):
+            last = min(first + together, chunks)
+            bank = self.banks[self.bank % TRANSPOSE_BANKS][:, 0 : together * self.plan.pitch]
+            bank = bank.reshape_dim(1, (together, self.plan.pitch))
+            for chunk in range(first, last):
+                nisa.nc_transpose(
+                    dst=bank[0:used, chunk - first, 0:rows],
+                    data=source[:, chunk, :],
+                    engine=nisa.engine.tensor,
+                )
+            nisa.tensor_copy(
+                dst=dst[:, first:last, :],
+                src=bank[0:used, 0 : last - first, 0:rows],
+                engine=nisa.engine.vector,
+            )
+            self.bank += 1
 
     def _take_apart(self, tile: int, piece: int, stage, chunk: int, rows: int):
         """Copy pairs ``[p, chunks, pitch]`` to where even and odd input features lie apart, byte by byte.
@@ -497,15 +532,20 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, out, fp8):
     rows = _Rows(plan, packed, fp8)
     weights = _Weights(plan, weight, weight_scale, bias, fp8)
     banks, results = [], []
-    for _ in range(nl.tile_size.psum_num_banks):
+    for _ in range(nl.tile_size.psum_num_banks - len(rows.banks)):
         bank = (nl.tile_size.pmax, nl.tile_size.psum_bank_fmax)
         banks.append(nl.ndarray(bank, dtype=nl.float32, buffer=nl.psum))
     for _ in range(RESULTS):
         results.append(nl.ndarray((nl.tile_size.pmax, plan.width), dtype=out.dtype, buffer=nl.sbuf))
 
-    # The first tile and the first block arrive together, piece by piece.
+    # The first tile and the first block arrive together, piece by piece; or few rows first, lest TensorE wait
+    # for a later piece of rows while weights are there.
+    if plan.few_rows:
+        for piece in range(plan.pieces):
+            rows.load_piece(0, piece)
     for piece in range(plan.pieces):
-        rows.load_piece(0, piece)
+        if not plan.few_rows:
+            rows.load_piece(0, piece)
         weights.load_piece(plan.first_block, piece)
     rows.load_scales(0)
     weights.load_scales(plan.first_block)

@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # no Neuron SDK: the simulator's namespace
     from .simulator.nki import language as nl
 
 from .common import SCALE_BYTES, fp8_dtype, fp8_max, share
-from .rmsnorm_quant import DtypeMode
+from .rms_norm_quant import DtypeMode
 
 MAX_T = 65536
 """Most rows of one call."""

@@ -170,6 +170,26 @@ def test_pairs_side_by_side_give_the_same(monkeypatch, rows, width):
     assert torch.equal(simulate(packed_fp8_linear_kernel)(*arguments), want)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 577), (70, 300), (300, 258), (130, 2049)])
+def test_either_engine_transposes(monkeypatch, rows, width):
+    """TensorE as many rows as DMA, and DMA as few as TensorE, should hardware ask for it."""
+    codes, weight, scale = fp8(rows, width), fp8(70, width), torch.rand(rows)
+    arguments = fmt.pack(codes, scale), prepack(weight.view(torch.uint8)), torch.rand(70)
+    want = simulate(packed_fp8_linear_kernel)(*arguments)
+    for few_rows in (0, source.MAX_T):
+        monkeypatch.setattr(source, "FEW_ROWS", few_rows)
+        assert torch.equal(simulate(packed_fp8_linear_kernel)(*arguments), want)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 65536), (129, 65535), (128, 65536), (300, 28672)])
+def test_longest_contractions_fit(rows, width):
+    codes, weight, scale = fp8(rows, width), fp8(100, width), torch.rand(rows) * 0.01
+    packed, prepacked = fmt.pack(codes, scale), prepack(weight.view(torch.uint8))
+    weight_scale, bias = torch.rand(100), torch.randn(100)
+    out = simulate(packed_fp8_linear_bytes_kernel, 2)(packed, prepacked, weight_scale, bias, "float32")
+    assert_product(out, codes, scale, weight, weight_scale, bias)
+
+
 @given(st.integers(1, 3000), st.integers(1, 20000))
 def test_layout_fits_the_hardware(features, width):
     partitions, chunks, block = layout(features, width)
