@@ -36,6 +36,7 @@ DEINTERLEAVE = True  # False: TensorE reads pairs where the transpose left them,
 LEAST_ROWS = 2  # 1: a single row is a double_row matmul of its own
 
 BLOCK_FEATURES = 512  # the moving operand's and a PSUM bank's width
+NARROW_BLOCK = 128  # features; TensorE is slow with few
 BLOCK_BYTES = 49152  # of weight per partition and block
 ALIGNMENT = 32  # features, and rows: distances between the halves of a double_row operand are multiples of it
 WEIGHT_BYTES = 98304  # per partition for blocks of weight: all of this program's where they fit, else in turn
@@ -44,7 +45,8 @@ PIECES = 4  # parts in which rows and weight arrive, so that the first matmul ne
 FEW_ROWS = 128  # up to here TensorE, which has the time, transposes rows; DMA is slow with few
 FEW_ROWS_PIECES = 8  # then there is but one tile of rows, and what follows the last byte counts
 TRANSPOSE_BANKS = 2  # of PSUM, then
-STAGES = 4  # pieces of rows on their way to TensorE, from where they are transposed; of few rows all pieces
+STAGES = 4, 16  # least and most pieces of rows on their way to TensorE ...
+STAGE_BYTES = 16384  # ... and how many bytes per partition are worth it
 RESULTS = 4  # tiles of results on their way out
 SBUF_RESERVE = 2048  # bytes per partition for the tiles of one number per row
 
@@ -62,10 +64,15 @@ def layout(out_features: int, in_features: int) -> tuple[int, int, int]:
     pairs = (in_features + 1) // 2
     chunks = (pairs + 127) // 128
     widest = min(BLOCK_FEATURES, BLOCK_BYTES // (2 * chunks) // ALIGNMENT * ALIGNMENT)
-    blocks = (out_features + widest - 1) // widest
+    width = min(widest, out_features)
     if out_features >= BLOCK_FEATURES // 2:
-        blocks += blocks % 2  # for two programs
-    width = min(_aligned((out_features + blocks - 1) // blocks), out_features)
+        # The width that leaves the one of two programs that has more features the least; of these the widest.
+        least = out_features
+        for candidate in range(widest, min(widest, NARROW_BLOCK) - 1, -ALIGNMENT):
+            blocks = (out_features + candidate - 1) // candidate
+            larger_half = (blocks + 1) // 2 * candidate
+            if larger_half < least:
+                width, least = candidate, larger_half
     return (pairs + chunks - 1) // chunks, chunks, width
 
 
@@ -244,7 +251,9 @@ class _Plan(nl.NKIObject):
         tile_bytes = self.pieces * self.piece_chunks * 2 * self.pitch
         room = nl.tile_size.sbuf_fmax_bytes - SBUF_RESERVE - RESULTS * 4 * self.columns
         room -= self.weight_buffers * block_bytes
-        self.stages = self.pieces if self.few_rows else STAGES
+        self.stages = self.pieces
+        if not self.few_rows:
+            self.stages = min(STAGES[1], max(STAGES[0], STAGE_BYTES // piece_bytes))
         while self.stages > 1 and room - self.stages * piece_bytes < tile_bytes:
             self.stages -= 1
         fitting = (room - self.stages * piece_bytes) // tile_bytes
