@@ -203,8 +203,12 @@ class Recorder:
         self.hbm_bytes += sum(t.nbytes for t in (dst, *sources) if not t.on_chip)
         if min(_run_bytes(t) for t in (dst, *sources)) < hardware.DMA_GOOD_RUN_BYTES:
             self.short_run_bytes += moved
-        small = max(1.0, hardware.DMA_SMALL_RUN_BYTES / min(_run_bytes(t) for t in (dst, *sources)))
-        us = moved * small / (_dma_engines(dst, *sources) * hardware.DMA_BYTES_PER_NS * share) / 1e3
+        us = (
+            moved
+            * _waste(name, dst, sources)
+            / (hardware.DMA_ENGINES * hardware.DMA_BYTES_PER_NS * share)
+            / 1e3
+        )
         self._add(name, DMA_IN if dst.on_chip else DMA_OUT, us, us, False)
 
     def _add(self, name: str, engine: str, us: float, careful_us: float, shared_port: bool) -> None:
@@ -240,10 +244,17 @@ def _fast_mode(name: str, tiles: list[NkiTensor]) -> bool:
     )
 
 
-def _dma_engines(*tensors: NkiTensor) -> int:
-    """How many DMA engines move a transfer: one for every 8 partitions of SBUF, all from HBM to HBM."""
+def _waste(name: str, dst: NkiTensor, sources: list[NkiTensor]) -> float:
+    """How many times as long as at full bandwidth a transfer takes, for its shape."""
+    if name == "dma_transpose":  # all engines together, a piece of [128, 16] at a time
+        partitions, row = dst.shape[0], dst.shape[-1]
+        pieces = -(-partitions // hardware.PARTITIONS) * -(-row // hardware.DMA_TRANSPOSE_ROW)
+        return pieces * hardware.PARTITIONS * hardware.DMA_TRANSPOSE_ROW / (partitions * row)
+    tensors = (dst, *sources)
+    small = max(1.0, hardware.DMA_SMALL_RUN_BYTES / min(_run_bytes(t) for t in tensors))
     partitions = min((t.shape[0] for t in tensors if t.on_chip), default=hardware.PARTITIONS)
-    return -(-partitions // hardware.DMA_PARTITIONS)
+    engines = -(-partitions // hardware.DMA_PARTITIONS)
+    return small * hardware.DMA_ENGINES / engines
 
 
 def _side(t: NkiTensor) -> str:

@@ -107,15 +107,16 @@ class Latencies:
 
     pipeline: from the last cycle of an instruction's work to its result, by engine. matmul: the same of
     TensorE in parts of the work's own length, on top. semaphore: from one engine's result to another's
-    start. dma: from a transfer's last byte to its result, with all that comes before its first byte.
-    dma_issue: a queue takes one transfer in this time.
+    start. dma_issue: a queue issues one transfer in this time. dma_start: from the start of that to the
+    transfer's first byte. dma_end: from its last byte to its result.
     """
 
     pipeline: dict[str, float]
     matmul: float
     semaphore: float
-    dma: float
     dma_issue: float
+    dma_start: float
+    dma_end: float
 
 
 MEASURED = Latencies(
@@ -123,16 +124,21 @@ MEASURED = Latencies(
     pipeline={"TensorE": 0.20, "VectorE": 0.155, "ScalarE": 0.29, "GpSimdE": 0.05},
     matmul=1.0,  # [M] bf16: complete 0.2 us and twice the work's length after its start
     semaphore=0.06,  # an assumption
-    dma=2.0,  # [M] 1.96 into SBUF, 1.69 out of it
-    dma_issue=0.6,  # [M]
+    dma_issue=0.60,  # [M]
+    dma_start=1.35,  # [M] issue and dispatch: 0.60 + 0.75 into SBUF, 0.61 + 0.57 out of it
+    dma_end=0.60,  # [M] 0.29 + 0.31 into SBUF, 0.16 + 0.36 out of it
 )
 DOCUMENTED = Latencies(
     pipeline={engine: 60 / clock / 1e3 for engine, clock in CLOCK_GHZ.items()},  # [T1] 60 cycles an access
     matmul=0.0,
     semaphore=0.06,
-    dma=2.0,  # [DMA] has 1.3 from semaphore to start
     dma_issue=0.0,
+    dma_start=1.3,  # [DMA]
+    dma_end=0.7,  # 2 us in all
 )
 DMA_SMALL_RUN_BYTES = 512  # [DMA] contiguous pieces below are charged as this many bytes
+DMA_TRANSPOSE_ROW = (
+    16  # [T2] elements of a partition's row that a transpose writes at once, on 128 partitions
+)
 DMA_PARTITIONS = PARTITIONS // DMA_ENGINES  # nki-dma-overview.rst: one engine moves 8 partitions of SBUF
 LAUNCH_US = 10.0  # fitted to AWS's records: what a launch takes beside the kernel's own work; [M] has 9.4

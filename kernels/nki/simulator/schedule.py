@@ -7,9 +7,10 @@ depends on, by bytes (``hazards.py``), is there:
 * an instruction's result is there its own cycles and the pipeline's latency after its start; between engines
   a semaphore comes on top. On one engine only reading what an earlier instruction wrote waits for the
   pipeline;
-* a transfer's result is there the DMA latency after its last byte. Transfers of both queues share the DMA
-  engines' bandwidth; pieces that are small are charged as larger ones, and a tensor on few partitions keeps
-  few DMA engines busy;
+* a queue issues one transfer after another; its bytes move some time later, behind those issued before, and
+  the result is there some time after the last byte. Transfers of both queues share the DMA engines'
+  bandwidth; pieces that are small are charged as larger ones, and a tensor on few partitions keeps few DMA
+  engines busy;
 * VectorE's faster modes and GpSimdE use one port to SBUF: they exclude each other, the first come first.
 
 What a launch takes beside that, ``hardware.LAUNCH_US``, is not in any figure here. Latencies are in
@@ -95,7 +96,8 @@ class EngineTime:
 class Step:
     """When an instruction ran: start, the end of its engine's work, when its result was there (us).
 
-    cause: index of the instruction it waited for last, or -1; waited_for: that one's engine.
+    cause: index of the instruction that kept it from starting earlier, or -1; waited_for: that one's engine;
+    waited_us: how long its own engine had nothing to do for that.
     """
 
     instruction: Instruction
@@ -222,11 +224,13 @@ def schedule(
     return _Simulation(program.instructions, careful, reorder, latencies).run()
 
 
-_READY, _DONE, _FREE = 0, 1, 2  # events: operands are there; an engine's work is done; a queue takes another
+_READY, _DONE, _ISSUED, _BEGIN = range(4)
+"""Events: an instruction's operands are there; an engine's work is done; a queue has issued a transfer; the
+first byte of a transfer may move."""
 
 
 class _Simulation:
-    """Discrete events: an instruction's operands are there, an engine is free, bytes have arrived."""
+    """Discrete events, and transfers that share the DMA engines between them."""
 
     def __init__(
         self, instructions: list[Instruction], careful: bool, reorder: bool, latencies: Latencies
@@ -234,66 +238,76 @@ class _Simulation:
         self.instructions, self.careful, self.reorder = instructions, careful, reorder
         self.latencies = latencies
         self.steps = [Step(i) for i in instructions]
-        self.missing = [len(i.depends) for i in instructions]
-        self.ready = [0.0] * len(instructions)  # when its operands are there
-        self.cause = [-1] * len(instructions)
         self.users: list[list[int]] = [[] for _ in instructions]
-        for index, instruction in enumerate(instructions):
-            for before in instruction.depends:
-                self.users[before].append(index)
         self.queue: dict[str, list[int]] = defaultdict(list)
         for index, instruction in enumerate(instructions):
             self.queue[instruction.engine].append(index)
-        self.position = dict.fromkeys(self.queue, 0)
+            for before in instruction.depends:
+                self.users[before].append(index)
+        self.missing = [len(i.depends) for i in instructions]
+        self.ready = [0.0] * len(instructions)  # when its operands are there
+        self.last_operand = [-1] * len(instructions)
+        # Of each engine: instructions that could start, one that runs or is being issued, the one before.
         self.available: dict[str, list[int]] = {engine: [] for engine in self.queue}
-        self.running: dict[str, int] = dict.fromkeys(self.queue, -1)
-        self.free: dict[str, float] = dict.fromkeys(self.queue, 0.0)
-        self.latest: dict[str, int] = dict.fromkeys(self.queue, -1)
-        self.moving: dict[str, float] = {}  # us of all DMA engines that a queue's transfer still needs
+        self.position = dict.fromkeys(self.queue, 0)
+        self.running = dict.fromkeys(self.queue, -1)
+        self.before = dict.fromkeys(self.queue, -1)
+        self.free = dict.fromkeys(self.queue, 0.0)
+        # Of each queue: transfers that wait, the one that moves and what it still needs of all DMA engines.
+        self.waiting: dict[str, list[int]] = {engine: [] for engine in QUEUES}
+        self.current: dict[str, int] = {}
+        self.needs: dict[str, float] = {}
+        self.through = dict.fromkeys(QUEUES, 0.0)
+        self.through_with = dict.fromkeys(QUEUES, -1)
         self.now = 0.0
-        self.events: list[tuple[float, int, int]] = []  # time, what, index
+        self.events: list[tuple[float, int, int]] = []  # time, what, instruction
 
     def run(self) -> Schedule:
         for index, missing in enumerate(self.missing):
             if not missing:
-                self.ready[index] = self.now
-                heapq.heappush(self.events, (self.now, _READY, index))
-        while self.events or self.moving:
+                heapq.heappush(self.events, (0.0, _READY, index))
+        while self.events or self.needs:
             self._advance()
             while self.events and self.events[0][0] <= self.now:
-                _, kind, index = heapq.heappop(self.events)
+                _, what, index = heapq.heappop(self.events)
                 engine = self.instructions[index].engine
-                if kind == _READY:
+                if what == _READY:
                     heapq.heappush(self.available[engine], index)
-                elif kind == _DONE:
-                    self._end(index)
+                elif what == _BEGIN:
+                    self.waiting[engine].append(index)
+                    self._move(engine)
                 else:
-                    self._free(engine, index)
+                    self.running[engine], self.before[engine], self.free[engine] = -1, index, self.now
+                    if what == _DONE:
+                        self._end(index)
             self._start_all()
         return Schedule(self.steps)
 
     def _advance(self) -> None:
         """To the next event; the queues' transfers share the DMA engines evenly until then."""
         after = self.events[0][0] if self.events else float("inf")
-        if not self.moving:
+        if not self.needs:
             self.now = after
             return
-        engine = min(self.moving, key=lambda name: self.moving[name])
-        arrival = self.now + self.moving[engine] * len(self.moving)
+        first = min(self.needs, key=lambda engine: self.needs[engine])
+        arrival = self.now + self.needs[first] * len(self.needs)
         until = min(after, arrival)
-        share = (until - self.now) / len(self.moving)
-        for name in self.moving:
-            self.moving[name] = max(0.0, self.moving[name] - share)
+        share = (until - self.now) / len(self.needs)
+        for engine in self.needs:
+            self.needs[engine] = max(0.0, self.needs[engine] - share)
         self.now = until
         if arrival <= after:
-            del self.moving[engine]
-            self._end(self.running[engine])
+            del self.needs[first]
+            index = self.current.pop(first)
+            self.through[first], self.through_with[first] = self.now, index
+            self._end(index)
+            self._move(first)
 
     def _start_all(self) -> None:
-        heads = [(self._since(engine, index), index, engine)
+        heads = [(max(self.ready[index], self.free[engine]), index, engine)
                  for engine in self.queue if (index := self._head(engine)) >= 0]  # fmt: skip
         for _, index, engine in sorted(heads):
-            if not self.instructions[index].shared_port or self._port_holder(engine) < 0:
+            if not self.instructions[index].shared_port or not self._port_taken(engine):
                 self._start(engine, index)
 
     def _head(self, engine: str) -> int:
@@ -304,69 +318,69 @@ class _Simulation:
         in_order = self.queue[engine][self.position[engine]]
         return available[0] if self.reorder or available[0] == in_order else -1
 
-    def _since(self, engine: str, index: int) -> float:
-        return max(self.ready[index], self.free[engine])
-
-    def _port_holder(self, engine: str) -> int:
-        """The instruction of another engine that holds the port VectorE and GpSimdE share, or -1."""
-        for other, index in self.running.items():
-            if other != engine and index >= 0 and self.instructions[index].shared_port:
-                return index
-        return -1
+    def _port_taken(self, engine: str) -> bool:
+        """Whether another engine holds the port that VectorE and GpSimdE share."""
+        return any(
+            index >= 0 and self.instructions[index].shared_port
+            for other, index in self.running.items() if other != engine
+        )  # fmt: skip
 
     def _start(self, engine: str, index: int) -> None:
+        """An engine begins to work; a queue to issue a transfer."""
         heapq.heappop(self.available[engine])
         self.position[engine] += 1
+        self.running[engine] = index
         instruction, step = self.instructions[index], self.steps[index]
+        since, cause = max(
+            (self.free[engine], self.before[engine]), (self.ready[index], self.last_operand[index])
+        )
+        if self.now > since:  # it was the port
+            cause = max(
+                before for other, before in self.before.items()
+                if other != engine and before >= 0 and self.instructions[before].shared_port
+                and self.free[other] == self.now
+            )  # fmt: skip
+        step.cause = cause
+        if engine in QUEUES:
+            heapq.heappush(self.events, (self.now + self.latencies.dma_issue, _ISSUED, index))
+            heapq.heappush(self.events, (self.now + self.latencies.dma_start, _BEGIN, index))
+            return
         step.start = self.now
         step.waited_us = self.now - self.free[engine]
-        step.cause, since = self.latest[engine], self.free[engine]
-        if self.ready[index] > since:
-            step.cause, since = self.cause[index], self.ready[index]
-        if self.now > since and instruction.shared_port:
-            step.cause = max(
-                (i for name, i in self.latest.items() if name != engine and i >= 0
-                 and self.instructions[i].shared_port and self.steps[i].end == self.now),
-                default=step.cause,
-            )  # fmt: skip
-        if step.cause >= 0:
-            step.waited_for = self.instructions[step.cause].engine
-        self.running[engine] = index
         us = instruction.careful_us if self.careful else instruction.us
-        if engine in QUEUES:
-            self.moving[engine] = us
-        else:
-            heapq.heappush(self.events, (self.now + us, _DONE, index))
+        heapq.heappush(self.events, (self.now + us, _DONE, index))
+
+    def _move(self, queue: str) -> None:
+        """The next transfer of `queue`, if one waits and none moves."""
+        if queue in self.current or not self.waiting[queue]:
+            return
+        index = self.current[queue] = self.waiting[queue].pop(0)
+        instruction, step = self.instructions[index], self.steps[index]
+        self.needs[queue] = instruction.careful_us if self.careful else instruction.us
+        step.start = self.now
+        step.waited_us = self.now - self.through[queue]
+        if not step.waited_us and self.through_with[queue] >= 0:
+            step.cause = self.through_with[queue]
 
     def _end(self, index: int) -> None:
-        """Its work is done: the next one may start; results follow."""
-        instruction, step = self.instructions[index], self.steps[index]
+        """Its work is done; who needs the result learns when it is there."""
+        instruction, step, latencies = self.instructions[index], self.steps[index], self.latencies
         engine = instruction.engine
         step.end = self.now
-        step.done = step.end + self._latency(step)
-        issued = step.start + self.latencies.dma_issue
-        if engine in QUEUES and issued > self.now:
-            heapq.heappush(self.events, (issued, _FREE, index))
+        if engine in QUEUES:
+            step.done = step.end + latencies.dma_end
         else:
-            self._free(engine, index)
+            tail = latencies.matmul * (step.end - step.start) if engine == "TensorE" else 0.0
+            step.done = step.end + latencies.pipeline[engine] + tail
+        if step.cause >= 0:
+            step.waited_for = self.instructions[step.cause].engine
         for user in self.users[index]:
-            there = step.done + self.latencies.semaphore
+            there = step.done + latencies.semaphore
             if self.instructions[user].engine == engine:
                 # In order behind it: only what it wrote has to come out of the pipeline first.
                 there = step.done if self.instructions[user].depends[index] == READ_AFTER_WRITE else step.end
             if there >= self.ready[user]:
-                self.ready[user], self.cause[user] = there, index
+                self.ready[user], self.last_operand[user] = there, index
             self.missing[user] -= 1
             if not self.missing[user]:
-                heapq.heappush(self.events, (max(self.now, self.ready[user]), _READY, user))
-
-    def _free(self, engine: str, index: int) -> None:
-        self.running[engine], self.free[engine], self.latest[engine] = -1, self.now, index
-
-    def _latency(self, step: Step) -> float:
-        """From the end of an instruction's work to its result."""
-        engine, latencies = step.instruction.engine, self.latencies
-        if engine in QUEUES:
-            return latencies.dma
-        tail = latencies.matmul * (step.end - step.start) if engine == "TensorE" else 0.0
-        return latencies.pipeline[engine] + tail
+                heapq.heappush(self.events, (self.ready[user], _READY, user))

@@ -157,13 +157,14 @@ def test_queues_share_the_bandwidth_and_have_a_latency():
         nisa.dma_copy(dst=y, src=a)  # out: after the first's latency, sharing with the second
 
     schedule = steps(body)
-    out = us + LATENCIES.dma + SEMAPHORE
-    assert starts(schedule) == pytest.approx([0, us, out])
-    left = 2 * us - out  # what the second still needs when the third starts; then each has half
+    first = LATENCIES.dma_start
+    out = first + us + LATENCIES.dma_end + SEMAPHORE + LATENCIES.dma_start
+    assert starts(schedule) == pytest.approx([first, first + us, out])
+    left = first + 2 * us - out  # what the second still needs when the third starts; then each has half
     assert left > 0
     assert schedule.steps[1].end == pytest.approx(out + 2 * left)
-    assert schedule.steps[2].end == pytest.approx(3 * us)
-    assert schedule.us == pytest.approx(schedule.steps[2].end + LATENCIES.dma)
+    assert schedule.steps[2].end == pytest.approx(first + 3 * us)
+    assert schedule.us == pytest.approx(schedule.steps[2].end + LATENCIES.dma_end)
 
 
 def test_small_pieces_are_charged_as_larger_ones():
@@ -188,13 +189,33 @@ def test_few_partitions_keep_few_dma_engines_busy():
     assert [s.end - s.start for s in schedule.steps] == pytest.approx([us / 2, us, us * 12 / 16, us])
 
 
-def test_a_queue_takes_a_transfer_at_most_so_often():
+def test_transposes_move_128_partitions_of_16_elements_at_a_time():
     def body(x, y):
-        for _ in range(3):
-            nisa.dma_copy(dst=tile(n=128), src=x[:, 0:128])
+        for columns, rows in ((128, 16), (64, 16), (128, 1), (128, 20)):
+            t = nl.ndarray((columns, rows), dtype=nl.float32, buffer=nl.sbuf)
+            nisa.dma_transpose(t, x[0:rows, 0:columns])
 
-    assert starts(steps(body)) == pytest.approx([0, LATENCIES.dma_issue, 2 * LATENCIES.dma_issue])
-    assert starts(steps(body, latencies=hardware.DOCUMENTED))[1] == pytest.approx(128 * 512 / 368e3)
+    us = 128 * 16 * 4 / (368e3 * hardware.DMA_TRANSPOSE_FROM_HBM)
+    spans = [s.end - s.start for s in steps(body).steps]
+    assert spans == pytest.approx([us, us, us, 2 * us])
+
+
+def test_a_queue_issues_one_transfer_after_another():
+    """Small transfers follow one another as they are issued; behind a long one they are issued meanwhile."""
+
+    def body(x, y):
+        for n in (128, 128, 4096, 128, 128):
+            nisa.dma_copy(dst=tile(n=n), src=x[:, 0:n])
+
+    first, issue = LATENCIES.dma_start, LATENCIES.dma_issue
+    small, long = 128 * 512 / 368e3, 128 * 4 * 4096 / 368e3
+    after = first + 2 * issue + long
+    expected = [first, first + issue, first + 2 * issue, after, after + small]
+    schedule = steps(body)
+    assert starts(schedule) == pytest.approx(expected)
+    assert schedule.engines["DMA in"].waits == pytest.approx({"launch": first, "DMA in": 2 * (issue - small)})
+    documented = steps(body, latencies=hardware.DOCUMENTED)
+    assert starts(documented)[1] == pytest.approx(hardware.DOCUMENTED.dma_start + small)
 
 
 def test_a_matmul_results_twice_its_length_later():
