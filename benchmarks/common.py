@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,17 +54,73 @@ def take_turns(
 
 
 def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print ``rows`` as a table and write them to ``results/<name>.csv``; floats keep three digits."""
-    lines = [[_text(value) for value in row.values()] for row in rows]
+    """Print ``rows`` as a table and append them to ``results/<name>.csv``; floats keep three digits.
+
+    Each line of the file begins with :func:`this_run`, so that one file holds the history of a benchmark.
+    A column that is new, or gone, is empty in the lines that have none.
+
+    Args:
+        name: of the benchmark.
+        rows: all with the same keys, the columns.
+    """
+    lines = [{column: _text(value) for column, value in row.items()} for row in rows]
     table = Table(*rows[0], box=None)
     for column in table.columns:
         column.justify = "right"
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*line.values())
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([list(rows[0]), *lines])
+    append(RESULTS / f"{name}.csv", [this_run() | line for line in lines])
+
+
+def append(path: Path, lines: Sequence[Mapping[str, str]]) -> None:
+    """Append ``lines`` to a CSV file that may have other columns, or may not be there yet."""
+    before = read(path) if path.exists() else []
+    columns = list(dict.fromkeys(column for line in (*before, *lines) for column in line))
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*before, *lines])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a CSV file, each by its columns."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def latest(name: str) -> list[dict[str, str]]:
+    """Return the lines that the last run of benchmark ``name`` appended."""
+    lines = read(RESULTS / f"{name}.csv")
+    last = {column: lines[-1][column] for column in RUN_COLUMNS}
+    return [line for line in lines if last.items() <= line.items()]
+
+
+RUN_COLUMNS = ("date", "machine", "commit", "versions")
+
+
+def this_run() -> dict[str, str]:
+    """When and on what a line was measured: :data:`RUN_COLUMNS`."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", ":!results"], capture_output=True, text=True
+    )
+    values = (
+        time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        f"{processor()}, {os.cpu_count()} cores",
+        (commit.stdout.strip() or "unknown") + (" and changes" if changed.stdout else ""),
+        f"vllm {_version('vllm')}, torch {torch.__version__}",
+    )
+    return dict(zip(RUN_COLUMNS, values, strict=True))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _text(value: object) -> str:
@@ -70,8 +129,8 @@ def _text(value: object) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def machine() -> str:
-    """One line that says what this ran on."""
+def processor() -> str:
+    """Name of this machine's processor."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -79,4 +138,9 @@ def machine() -> str:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
         ]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return model
+
+
+def machine() -> str:
+    """One line that says what this runs on."""
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

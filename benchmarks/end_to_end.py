@@ -7,8 +7,8 @@ what decoding takes. Memory is the resident memory of vLLM's worker process, les
 without a model's weights (SmolLM2's worker less SmolLM2's weights).
 
 Models: SmolLM2-135M-Instruct, and a 1.1-billion-parameter Llama (hidden size 2048, 22 layers) with random
-weights, both made under ``.cache/``. Prints a table and writes ``benchmarks/results/end_to_end.csv`` and
-``.png``. It takes about 20 minutes::
+weights, both made under ``.cache/``. Prints a table, appends it to ``benchmarks/results/end_to_end.csv`` and
+draws ``.png``. It takes about 20 minutes::
 
     python benchmarks/end_to_end.py
 """
@@ -184,13 +184,13 @@ async def main() -> None:
     print(common.machine())
     small = await measure("SmolLM2-135M", smollm2.bf16(CACHE), smollm2.fp8(CACHE))
     large = await measure("Llama-1.1B", *llama())
-    common.report("end_to_end", small[0] + large[0])
-    plot(small[0] + large[0])
-    print("\nLlama-1.1B, resident memory in MB: worker, worker without weights, difference, weights")
-    for side, (resident, weights) in large[1].items():
-        empty = small[1][side][0] - small[1][side][1]
-        numbers = resident, empty, resident - empty, weights
-        print(f"{LABELS[side]:>18}", *(f"{number / 1e6:8.0f}" for number in numbers))
+    memory: dict[str, float] = {}
+    for side, (resident, _) in large[1].items():
+        without_weights = small[1][side][0] - small[1][side][1]
+        memory[f"{side} MB"] = (resident - without_weights) / 1e6
+    rows = [row | dict.fromkeys(memory, "") for row in small[0]] + [row | memory for row in large[0]]
+    common.report("end_to_end", rows)
+    plot(rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """FP8 linear on the CPU: backend ``cpu``, stock vLLM's FP8 linear and ``F.linear`` in bf16, in one run.
 
 Dimensions:
-    M: rows (tokens)
-    K: input features
+    T: rows (tokens)
+    H: input features
     N: output features
 
 Each multiplies an activation that is in its own format already (packed FP8, FP8, bf16) and returns bf16.
-Prints a table and writes ``benchmarks/results/packed_fp8_linear.csv`` and ``.png``::
+Prints a table, appends it to ``benchmarks/results/packed_fp8_linear.csv`` and draws ``.png``::
 
     python benchmarks/packed_fp8_linear.py
 """
@@ -30,7 +30,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 LABELS = {"ours": "backend cpu (FP8)", "bf16": "F.linear (bf16)", "stock": "stock vLLM (FP8)"}
 
 
-def stock_linear(k: int, n: int):
+def stock_linear(h: int, n: int):
     """The kernel vLLM chooses here for per-channel weights and per-token activations."""
     with set_current_vllm_config(VllmConfig()):
         return init_fp8_linear_kernel(
@@ -38,19 +38,19 @@ def stock_linear(k: int, n: int):
             kFp8StaticChannelSym,
             input_dtype=torch.bfloat16,
             out_dtype=torch.bfloat16,
-            weight_shape=(n, k),
+            weight_shape=(n, h),
         )
 
 
-def measure(k: int, n: int) -> list[dict[str, object]]:
-    weight = torch.randn(n, k, dtype=torch.bfloat16)
+def measure(h: int, n: int) -> list[dict[str, object]]:
+    weight = torch.randn(n, h, dtype=torch.bfloat16)
     codes, weight_scale = weight.to(torch.float8_e4m3fn), torch.rand(n) + 0.5
     prepacked = ops.prepack_fp8_weight(codes, weight_scale, backend="cpu")
-    stock = stock_linear(k, n)
+    stock = stock_linear(h, n)
 
-    def row(m: int) -> dict[str, object]:
-        x = torch.randn(m, k, dtype=torch.bfloat16)
-        x_codes, x_scale = x.to(torch.float8_e4m3fn), torch.rand(m, 1) + 0.5
+    def row(t: int) -> dict[str, object]:
+        x = torch.randn(t, h, dtype=torch.bfloat16)
+        x_codes, x_scale = x.to(torch.float8_e4m3fn), torch.rand(t, 1) + 0.5
         x_packed = packed.pack(x_codes, x_scale)
 
         def ours() -> torch.Tensor:
@@ -67,25 +67,25 @@ def measure(k: int, n: int) -> list[dict[str, object]]:
                 Bs=weight_scale.unsqueeze(1),
                 out_dtype=torch.bfloat16,
                 bias=None,
-                output_shape=[m, n],
+                output_shape=[t, n],
             )
 
         torch.testing.assert_close(ours(), stock_fp8())
         seconds = common.take_turns({"ours": ours, "bf16": bf16, "stock": stock_fp8})
         times = {f"{side} ms": 1e3 * taken for side, taken in seconds.items()}
         ratios = {f"{side} / ours": seconds[side] / seconds["ours"] for side in ("bf16", "stock")}
-        return {"K": k, "N": n, "M": m, **times, **ratios}
+        return {"T": t, "H": h, "N": n, **times, **ratios}
 
-    return [row(m) for m in ROWS]
+    return [row(t) for t in ROWS]
 
 
 def plot(rows: list[dict[str, object]]) -> None:
     figure, axes = plt.subplots(1, len(SHAPES), figsize=(12, 4), sharey=True, layout="constrained")
-    for axis, (k, n) in zip(axes, SHAPES, strict=True):
-        shown = [row for row in rows if (row["K"], row["N"]) == (k, n)]
+    for axis, (h, n) in zip(axes, SHAPES, strict=True):
+        shown = [row for row in rows if (row["H"], row["N"]) == (h, n)]
         for side, label in LABELS.items():
             axis.loglog(ROWS, [row[f"{side} ms"] for row in shown], marker="o", label=label, base=2)
-        axis.set(title=f"K = {k}, N = {n}", xlabel="rows")
+        axis.set(title=f"H = {h}, N = {n}", xlabel="rows")
         axis.set_yscale("log")
         axis.grid(which="major", alpha=0.3)
     axes[0].set_ylabel("ms")
@@ -97,7 +97,7 @@ def plot(rows: list[dict[str, object]]) -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(common.machine())
-    rows = [row for k, n in SHAPES for row in measure(k, n)]
+    rows = [row for h, n in SHAPES for row in measure(h, n)]
     common.report("packed_fp8_linear", rows)
     plot(rows)
 

@@ -8,7 +8,7 @@ Stock vLLM runs its fused_add_rms_norm and then its per-token FP8 quantization, 
 graph by torch.compile. Beside them stock vLLM's norm alone, as a bf16 model has it, and copies of a
 ``[T, H]`` bf16 tensor: into existing memory, and into new memory, where an op puts its results.
 
-Prints a table and writes ``benchmarks/results/rms_norm_quant.csv`` and ``.png``::
+Prints a table, appends it to ``benchmarks/results/rms_norm_quant.csv`` and draws ``.png``::
 
     python benchmarks/rms_norm_quant.py
 """

@@ -1,0 +1,96 @@
+"""Write the README's tables and figures from the last run of each benchmark in ``benchmarks/results``.
+
+A block of the README between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced by what the function of that
+name in :data:`BLOCKS` returns, so that no figure there is typed by hand::
+
+    python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import common
+
+README = Path(__file__).parents[1] / "README.md"
+MODELS = {"SmolLM2-135M": "SmolLM2-135M", "Llama-1.1B": "Llama, 1.1 billion parameters, random weights"}
+
+
+def end_to_end() -> str:
+    """Tokens a second of ``vllm serve``, and the memory of the larger model."""
+    lines = common.latest("end_to_end")
+    table = [
+        "| `vllm serve`, decoding, tokens/s | clients | plugin, FP8 | stock vLLM, bf16 | stock vLLM, FP8 |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    shown = ""
+    for line in lines:
+        name = "" if line["model"] == shown else MODELS[line["model"]]
+        shown = line["model"]
+        speeds = f"**{line['plugin tok/s']}** | {line['bf16 tok/s']} | {line['stock tok/s']}"
+        table.append(f"| {name} | {line['batch']} | {speeds} |")
+    large = lines[-1]
+    run = f"{large['date'].split()[0]}, {large['machine']}, {large['versions']}, commit {large['commit']}."
+    memory = (
+        f"The 1.1-billion-parameter model takes {_gigabytes(large['plugin MB'])} of resident memory in the "
+        f"plugin, {_gigabytes(large['bf16 MB'])} in bf16."
+    )
+    return "\n".join([*table, "", run, memory])
+
+
+def packed_fp8_linear() -> str:
+    """How the FP8 linear compares with bf16, by the number of rows."""
+    lines = common.latest("packed_fp8_linear")
+    few = [1 / float(line["bf16 / ours"]) for line in lines if int(line["T"]) <= 16]
+    many = [1 / float(line["bf16 / ours"]) for line in lines if int(line["T"]) >= 128]
+    return (
+        f"The FP8 linear takes {_range(few, '.2f')} of bf16's time up to 16 rows, and\n"
+        f"{_range(many, '.2f')} from 128 rows on ({_when(lines)})."
+    )
+
+
+def rms_norm_quant() -> str:
+    """How the fused norm compares with stock vLLM's two steps."""
+    lines = common.latest("rms_norm_quant")
+    stock, compiled = ([float(line[f"{side} / ours"]) for line in lines] for side in ("stock", "compiled"))
+    return (
+        f"Add + norm + quantization is {_range(stock, '.0f')} times as fast as stock vLLM's and\n"
+        f"{_range(compiled, '.0f')} times as fast as the same compiled ({_when(lines)})."
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    block.__name__: block for block in (end_to_end, packed_fp8_linear, rms_norm_quant)
+}
+
+
+def _when(lines: list[dict[str, str]]) -> str:
+    return f"{lines[-1]['date'].split()[0]}, commit {lines[-1]['commit']}"
+
+
+def _range(values: Iterable[float], form: str) -> str:
+    values = sorted(values)
+    return f"{values[0]:{form}} to {values[-1]:{form}}"
+
+
+def _gigabytes(megabytes: str) -> str:
+    return f"{float(megabytes) / 1000:.2f} GB"
+
+
+def written(text: str) -> str:
+    """Return the README ``text`` with its blocks as the results have them now.
+
+    Raises:
+        KeyError: a block has a name that is not in :data:`BLOCKS`.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]]()}\n<!-- end -->"
+
+    return re.sub(r"(<!-- (\w+) -->)\n.*?\n?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
