@@ -34,7 +34,7 @@ class PlainLlama:
 
     def __init__(self, checkpoint: Path) -> None:
         self.config = json.loads((checkpoint / "config.json").read_text())
-        self.tensors = load_file(checkpoint / "model.safetensors")
+        self.tensors = {k: v for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
         self.eps = self.config["rms_norm_eps"]
         self.heads = self.config["num_attention_heads"]
         self.kv_heads = self.config["num_key_value_heads"]

@@ -53,7 +53,8 @@ def test_every_choice_is_accepted():
             {"VLLM_RMSQ_BACKENT": "cpu"},
             None,
             r"VLLM_RMSQ_BACKENT: unknown environment variable; expected one of VLLM_RMSQ_BACKEND, "
-            r"VLLM_RMSQ_TARGET, VLLM_RMSQ_FUSE, VLLM_RMSQ_STRICT, VLLM_RMSQ_CPU_ISA$",
+            r"VLLM_RMSQ_TARGET, VLLM_RMSQ_FUSE, VLLM_RMSQ_STRICT, VLLM_RMSQ_CPU_ISA, "
+            r"VLLM_RMSQ_ATTENTION, VLLM_RMSQ_GATHER$",
         ),
         ({"VLLM_RMSQ_backend": "cpu"}, None, r"VLLM_RMSQ_backend: unknown environment variable"),
         (

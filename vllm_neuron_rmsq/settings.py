@@ -27,6 +27,13 @@ class Settings:
         fuse: put fused RMSNorm+FP8-quant layers where norms are proven to feed only FP8 linears.
         strict: an unfused decoder norm is a start-up error.
         cpu_isa: instruction-set level of backend ``cpu``; ``auto`` is the best this machine has.
+        attention: on vLLM Neuron, how much of attention multiplies in FP8: ``bf16`` nothing (the stock
+            attention, weights dequantized while loading), ``fp8-prefill`` QKV in prefill and the output
+            projection, ``fp8`` QKV in decode as well.
+        gather: on vLLM Neuron, what the ranks gather in prefill: packed rows as ``uint8``, or as views of
+        them
+            as ``float8`` or ``int32``, should a compiler not gather bytes, or ``bf16``, rows before they are
+            quantized, at twice the bytes.
     """
 
     backend: str = "auto"
@@ -34,6 +41,8 @@ class Settings:
     fuse: bool = True
     strict: bool = False
     cpu_isa: str = "auto"
+    attention: str = "bf16"
+    gather: str = "uint8"
 
     @classmethod
     def load(
@@ -79,6 +88,8 @@ def choices() -> dict[str, tuple[str, ...]]:
         "fuse": ("1", "0"),
         "strict": ("0", "1"),
         "cpu_isa": ("auto", *cpu.ISAS),
+        "attention": ("bf16", "fp8-prefill", "fp8"),
+        "gather": ("uint8", "float8", "int32", "bf16"),
     }
 
 

@@ -12,6 +12,7 @@ import other_vllm
 import pytest
 from vllm_models import tiny_config, write_checkpoint
 
+from vllm_neuron_rmsq.integrations import names
 from vllm_neuron_rmsq.integrations.vllm import versions
 
 MISSING = [name for name in versions.NEEDED if not name.endswith("__init__")]  # every class has that
@@ -122,7 +123,7 @@ def test_how_a_call_fits(call, problem):
     def function(first, second, third=None):
         pass
 
-    assert versions._misfit(function, call) == problem
+    assert names.misfit(function, call) == problem
 
 
 def test_only_listed_names_are_given():
