@@ -14,19 +14,17 @@ Dimensions:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import torch
 import typer
 from common import report
 
 from vllm_neuron_rmsq.kernels.nki.packed_fp8_linear import packed_fp8_linear_bytes_kernel, prepacked_shape
 from vllm_neuron_rmsq.kernels.nki.rms_norm_quant import rms_norm_quant_bytes_kernel
 from vllm_neuron_rmsq.kernels.nki.silu_mul_quant import silu_mul_quant_bytes_kernel
-from vllm_neuron_rmsq.kernels.nki.simulator import cost
+from vllm_neuron_rmsq.kernels.nki.simulator import Zeros, scheduled_us
 
 LNC = 2
 
@@ -83,34 +81,30 @@ class Layer:
         self.parts[name] = self.parts.get(name, 0.0) + us
 
 
-@functools.cache
 def norm_us(rows: int, width: int, gamma: bool, residual: bool) -> float:
     """Scheduled time of our norm kernel on ``[rows, width]`` bf16."""
-    hidden = torch.zeros((max(rows, LNC), width), dtype=torch.bfloat16)
-    arguments = {"weight": torch.ones(width, dtype=torch.bfloat16)} if gamma else {}
-    if residual:
-        arguments["residual"] = hidden
-    return cost(rms_norm_quant_bytes_kernel, LNC)(hidden, **arguments).scheduled_us
+    hidden = Zeros((max(rows, LNC), width), "bfloat16")
+    weight = Zeros((width,), "bfloat16") if gamma else None
+    added = hidden if residual else None
+    return scheduled_us(rms_norm_quant_bytes_kernel, LNC, hidden, weight=weight, residual=added)
 
 
-@functools.cache
 def silu_us(rows: int, width: int) -> float:
     """Scheduled time of our activation kernel, ``[rows, 2 width]`` to packed rows."""
     if rows > PREFILL_ROWS:
         return _extrapolated(silu_us, rows, width)
-    gate_up = torch.zeros((max(rows, LNC), 2 * width), dtype=torch.bfloat16)
-    return cost(silu_mul_quant_bytes_kernel, LNC)(gate_up).scheduled_us
+    gate_up = Zeros((max(rows, LNC), 2 * width), "bfloat16")
+    return scheduled_us(silu_mul_quant_bytes_kernel, LNC, gate_up)
 
 
-@functools.cache
 def linear_us(rows: int, width: int, features: int) -> float:
     """Scheduled time of our matmul kernel, ``[rows, width]`` packed by ``[features, width]``."""
     if rows > PREFILL_ROWS:
         return _extrapolated(linear_us, rows, width, features)
-    packed = torch.zeros((max(rows, LNC), width + 4), dtype=torch.uint8)
-    weight = torch.zeros(prepacked_shape(features, width), dtype=torch.uint8)
-    kernel = cost(packed_fp8_linear_bytes_kernel, LNC)
-    return kernel(packed, weight, torch.ones(features)).scheduled_us
+    packed = Zeros((max(rows, LNC), width + 4), "uint8")
+    weight = Zeros(prepacked_shape(features, width), "uint8")
+    scale = Zeros((features,), "float32")
+    return scheduled_us(packed_fp8_linear_bytes_kernel, LNC, packed, weight, scale)
 
 
 def _extrapolated(function, rows: int, *sizes: int) -> float:

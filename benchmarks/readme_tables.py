@@ -61,8 +61,24 @@ def rms_norm_quant() -> str:
     )
 
 
+def nki_cost() -> str:
+    """What the NKI kernels should take on Trainium2."""
+    table = [
+        "| NKI kernel, us on a logical core of two | shape | scheduled | busiest engine alone | DMA alone |",
+        "| --- | --- | --: | --: | --: |",
+    ]
+    lines = common.latest("nki_cost")
+    table += [
+        f"| `{line['kernel']}` | {line['shape']} | {line['scheduled us']} | {line['floor us']} "
+        f"| {line['roof us']} |"
+        for line in lines
+        if line["goal us"] != "-"
+    ]
+    return "\n".join([*table, "", f"{_when(lines)}."])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    block.__name__: block for block in (end_to_end, packed_fp8_linear, rms_norm_quant)
+    block.__name__: block for block in (end_to_end, packed_fp8_linear, rms_norm_quant, nki_cost)
 }
 
 

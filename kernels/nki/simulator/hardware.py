@@ -142,3 +142,4 @@ DMA_TRANSPOSE_ROW = (
 )
 DMA_PARTITIONS = PARTITIONS // DMA_ENGINES  # nki-dma-overview.rst: one engine moves 8 partitions of SBUF
 LAUNCH_US = 10.0  # fitted to AWS's records: what a launch takes beside the kernel's own work; [M] has 9.4
+COST_MODEL_VERSION = 1  # one more with every change that moves figures

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -82,6 +83,32 @@ def cost(kernel: Any, grid: Any = None, target: str | None = None) -> Callable[.
         return CostReport(recorders)
 
     return call
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """An argument of :func:`scheduled_us`: an array of zeros of this shape and dtype, ``"bfloat16"`` say."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def scheduled_us(kernel: Any, grid: Any, *args: Any, careful: bool = False, **named: Any) -> float:
+    """Microseconds that `kernel` should take, without the launch: :func:`cost`, once for the same call.
+
+    args, named: the kernel's, with :class:`Zeros` for its arrays, and hashable.
+    careful: the slower reading of VectorE's 16-bit modes (``CostReport``).
+    """
+    return _scheduled(kernel, grid, args, tuple(sorted(named.items())))[careful]
+
+
+@functools.cache
+def _scheduled(kernel: Any, grid: Any, args: Any, named: Any) -> tuple[float, float]:
+    def array(value: Any) -> Any:
+        return np.zeros(value.shape, dtypes.NUMPY[value.dtype]) if isinstance(value, Zeros) else value
+
+    report = cost(kernel, grid)(*map(array, args), **{name: array(value) for name, value in named})
+    return report.scheduled_us, report.careful_us
 
 
 @contextmanager

@@ -187,12 +187,14 @@ class Schedule:
 
         Raises ModuleNotFoundError without matplotlib.
         """
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(14, 4), layout="constrained")
         axes = figure.add_subplot()
         names = sorted({s.instruction.name for s in self.steps})
-        for color, name in enumerate(names):
+        for kind, name in enumerate(names):
+            color = colormaps["tab20"](kind % 20)
             for row, engine in enumerate(ENGINES):
                 bars = [
                     (s.start, s.end - s.start)
@@ -200,9 +202,9 @@ class Schedule:
                     if s.instruction.name == name and s.instruction.engine == engine
                 ]
                 if bars:
-                    axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=f"C{color % 10}",
+                    axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=color,
                                      edgecolors="white", linewidth=0.2)  # fmt: skip
-            axes.plot([], [], color=f"C{color % 10}", linewidth=6, label=name)
+            axes.plot([], [], color=color, linewidth=6, label=name)
         axes.set_yticks(range(len(ENGINES)), ENGINES)
         axes.invert_yaxis()
         axes.set_xlim(0, self.us)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from vllm_neuron_rmsq.kernels.nki.simulator import cost, hardware, nki
+from vllm_neuron_rmsq.kernels.nki.simulator import Zeros, cost, hardware, nki, scheduled_us
+from vllm_neuron_rmsq.kernels.nki.simulator.hazards import Places
 from vllm_neuron_rmsq.kernels.nki.simulator.nki import isa as nisa
 from vllm_neuron_rmsq.kernels.nki.simulator.nki import language as nl
 
@@ -256,3 +259,63 @@ def test_both_readings_of_the_16_bit_modes():
     first, careful = steps(body), steps(body, careful=True)
     assert [s.steps[2].end - s.steps[2].start for s in (first, careful)] == pytest.approx([V / 2, V])
     assert careful.us - first.us == pytest.approx(V / 2)
+
+
+def test_scheduled_us_is_a_number_found_once_for_a_call():
+    calls = []
+
+    def body(x, y):
+        calls.append(x.shape)
+        a, b = filled(nl.float16), filled(nl.float16)
+        nisa.tensor_tensor(b, a, b, nl.multiply)
+
+    x, y = Zeros((128, 4096), "float32"), Zeros((1,), "bfloat16")
+    first = scheduled_us(call, 1, body, x=x, y=y)
+    careful = scheduled_us(call, 1, body, x=x, y=y, careful=True)
+    assert (first, careful) == pytest.approx((steps(body).us, steps(body, careful=True).us))
+    assert calls == [(128, 4096)] * 3  # one of them for both numbers
+
+
+def test_a_schedule_says_who_waits_for_whom():
+    def body(x, y):
+        a = filled()
+        scalar(a, a)
+        vector(a, a)
+
+    schedule = steps(body)
+    busy = {name: (e.instructions, e.busy_us) for name, e in schedule.engines.items()}
+    assert busy == {"VectorE": (2, pytest.approx(2 * V)), "ScalarE": (1, pytest.approx(S))}
+    assert schedule.busiest == "VectorE"
+    there, back = V + pipe("VectorE") + SEMAPHORE, S + pipe("ScalarE") + SEMAPHORE
+    assert schedule.engines["ScalarE"].waits == pytest.approx({"VectorE": there})
+    assert schedule.engines["VectorE"].waits == pytest.approx({"ScalarE": there + back - V})
+    assert [s.instruction.name for s in schedule.critical_path] == ["memset", "tensor_copy", "tensor_copy"]
+    assert "busiest: VectorE" in str(schedule) and "test_schedule.py" in schedule.steps[0].instruction.line
+
+
+def test_a_schedule_draws_itself(tmp_path):
+    def body(x, y):
+        scalar(tile(), filled())
+
+    schedule = steps(body)
+    schedule.draw(tmp_path / "timeline.png", "two instructions")
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    schedule.write_trace(tmp_path / "timeline.json")
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    spans = [(rows[e["tid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    there = V + pipe("VectorE") + SEMAPHORE
+    assert spans == [
+        ("VectorE", "memset", 0, pytest.approx(V)),
+        ("ScalarE", "tensor_copy", pytest.approx(there), pytest.approx(S)),
+    ]
+
+
+def test_addresses_go_round():
+    places = Places()
+    first, second = places.take(60, 100), places.take(30, 100)
+    assert (first, second) == (0, 60)
+    places.give(first)
+    assert places.take(10, 100) == 90  # from the last one's end on, though there is room before
+    assert places.take(20, 100) == 0
+    assert places.take(90, 100) > 100  # room enough, but not in one piece: an address of its own
