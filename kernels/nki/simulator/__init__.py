@@ -4,17 +4,19 @@
 models what it costs, and ``scheduled_us`` says that in one number; under ``as_nki()`` a kernel published
 elsewhere imports and runs unmodified.
 
-What broke a rule raises :class:`NkiSimulationError`; what is not covered raises NotImplementedError.
+What broke a rule raises :class:`NkiSimulationError`, what is doubtful on the hardware warns with
+:class:`NkiSimulationWarning` when the kernel has run, what is not covered raises NotImplementedError.
 """
 
 from .cost_model import CostReport
-from .errors import NkiSimulationError
+from .errors import NkiSimulationError, NkiSimulationWarning
 from .language_rules import check_language
 from .run import Zeros, as_nki, cost, scheduled_us, simulate
 
 __all__ = [
     "CostReport",
     "NkiSimulationError",
+    "NkiSimulationWarning",
     "Zeros",
     "as_nki",
     "check_language",

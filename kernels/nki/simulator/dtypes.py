@@ -13,6 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+# Four MX elements in one: moved as bits, never computed with here.
+PACKED: dict[str, np.dtype] = {
+    "float8_e5m2_x4": np.dtype(np.uint32),
+    "float8_e4m3fn_x4": np.dtype(np.uint32),
+    "float4_e2m1fn_x4": np.dtype(np.uint16),
+}
 NUMPY: dict[str, np.dtype] = {
     "bool": np.dtype(np.uint8),
     "int8": np.dtype(np.int8),
@@ -29,10 +35,11 @@ NUMPY: dict[str, np.dtype] = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
     "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+    **PACKED,
 }
 FP8 = ("float8_e4m3", "float8_e4m3fn", "float8_e5m2")
 INTEGERS = ("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32")
-_FROM_NUMPY = {dtype: name for name, dtype in NUMPY.items() if name not in ("bool", "tfloat32")}
+_FROM_NUMPY = {dtype: name for name, dtype in NUMPY.items() if name not in ("bool", "tfloat32", *PACKED)}
 _FROM_NUMPY[np.dtype(np.bool_)] = "bool"
 
 
@@ -51,6 +58,11 @@ def itemsize(name: str) -> int:
     return NUMPY[name].itemsize
 
 
+def largest(name: str) -> float:
+    """The largest finite value of a float."""
+    return float(ml_dtypes.finfo(NUMPY[name]).max)
+
+
 @cache
 def _decode_table(name: str) -> np.ndarray:
     return np.arange(256, dtype=np.uint8).view(NUMPY[name]).astype(np.float32)
@@ -64,8 +76,16 @@ def _encode_table(name: str) -> np.ndarray:
         return halves.astype(NUMPY[name]).view(np.uint8)
 
 
+def _no_packed(name: str) -> None:
+    if name in PACKED:
+        raise NotImplementedError(
+            f"{name}: the simulator moves packed MX elements but does not compute with them"
+        )
+
+
 def to_float32(values: np.ndarray, name: str) -> np.ndarray:
     """`values` of dtype `name` in fp32 (itself where it is fp32 already)."""
+    _no_packed(name)
     if values.dtype == np.float32:
         return values
     if name in FP8:
@@ -95,6 +115,7 @@ def from_float32(values: np.ndarray, name: str) -> np.ndarray:
     FP8 by table: cutting an fp32 to its high half with a sticky last bit (round to odd) keeps all that a
     correct rounding to 2 or 3 mantissa bits needs, subnormals included, so one look-up does the rest.
     """
+    _no_packed(name)
     dtype = NUMPY[name]
     if name == "tfloat32":
         bits = np.ascontiguousarray(values).view(np.uint32)

@@ -19,6 +19,10 @@ class NkiSimulationError(Exception):
     """
 
 
+class NkiSimulationWarning(UserWarning):
+    """A kernel did what is doubtful on the hardware: the documents advise against it, or are silent on it."""
+
+
 class NotCovered(NotImplementedError, AttributeError):
     """A name of the NKI API that the simulator does not have; to ``hasattr`` it is not there."""
 

@@ -30,6 +30,10 @@ VECTOR_TRANSPOSE = 32  # [ISA] nc_transpose on VectorE: [32, 32] or smaller
 DMA_COMPUTE_SOURCES = 16  # [ISA] dma_compute
 FREE_ELEMENTS = 64 * 1024  # [T1] ScalarE: elements per partition of an instruction; sizes are 16 bits wide
 FREE_STRIDE = 2**15 - 1  # [T1] strides of the free dimensions are int16, in elements
+BN_STATS_FREE = 512  # [ISA] bn_stats: elements per partition
+SEARCH_FREE = (8, 16384)  # [ISA] max8, nc_find_index8: elements per partition
+FP32_MIN = -3.4028234663852886e38  # [ISA] range_select: what a deselected element becomes
+GPSIMD_DMA_BYTES = {1: 256, 2: 512, 4: 1024}  # [ISA] sendrecv: most per partition, by the dtype's size
 VIEW_DIMS = 5  # language guide: an access pattern has up to 5 dimensions, the partition included
 
 

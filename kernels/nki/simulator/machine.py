@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from . import hardware
-from .errors import NkiSimulationError, fail, kernel_line
+from .errors import NkiSimulationError, NkiSimulationWarning, fail, kernel_line
 from .hazards import Places
 
 
@@ -100,6 +102,21 @@ class Machine:
         self.registers: dict[str, Any] = {}
         self.instruction = Instruction("a kernel", "none")
         self.shared_allocations = 0
+        self.cautions: Counter[str] = Counter()
+
+    def caution(self, instruction: str, operand: str, expected: str, got: Any, count: int = 1) -> None:
+        """Note something doubtful, `count` times; :func:`warn` tells of it when the launch has ended."""
+        message = f"{instruction}: {operand}: expected {expected}, got {got}\n  at {kernel_line()}"
+        self.cautions[message] += count
+
+
+def warn(machines: Sequence[Machine]) -> None:
+    """One NkiSimulationWarning for each thing and line of a kernel that was doubtful, with how often."""
+    total: Counter[str] = Counter()
+    for machine in machines:
+        total.update(machine.cautions)
+    for message, count in total.items():
+        warnings.warn(f"{message} ({count} times)", NkiSimulationWarning, stacklevel=2)
 
 
 _local = threading.local()

@@ -18,6 +18,7 @@ from .errors import fail
 
 Strides = tuple[int, ...]
 _serial = itertools.count()
+SEVERAL = 255  # instead of one program + 1: more than one wrote the same, or reads
 
 
 class Memory:
@@ -30,12 +31,12 @@ class Memory:
         self._written: np.ndarray | None = None
         self._programs = programs
         self._writer: np.ndarray | None = None  # program + 1 that wrote a byte since the last barrier
-        self._reader: np.ndarray | None = None  # the same for reads; 255: more than one
+        self._reader: np.ndarray | None = None  # the same for reads
 
-    def note_write(self, where: Where, program: int) -> None:
-        """Bytes `where` are written by `program`."""
+    def note_write(self, where: Where, program: int, values: np.ndarray) -> None:
+        """Bytes `where` are written by `program`, which puts `values` there."""
         if self._programs > 1:
-            self._hazard(where, program, writing=True)
+            self._note_shared_write(where, program, values)
         if self.matmul is not None:
             where.of(self.matmul)[...] = 0
         if self.full:
@@ -46,6 +47,18 @@ class Memory:
         if self._written is None:
             self._written = np.zeros(self.data.nbytes, np.uint8)
         where.of(self._written)[...] = 1
+
+    def fill_unwritten(self, where: Where) -> None:
+        """Give bytes that were never written the value 0xFF: NaN in every float of NKI."""
+        if self._written is not None:
+            window = where.of(self.data)
+            window[where.of(self._written) == 0] = 0xFF
+
+    def written(self, where: Where) -> np.ndarray:
+        """Which of the bytes `where` were written, in the form of ``where.of``."""
+        if self.full or self._written is None:
+            return np.full((*where.shape, where.itemsize), self.full)
+        return where.of(self._written) != 0
 
     def unwritten(self, where: Where) -> int:
         """How many of the bytes `where` were never written."""
@@ -63,39 +76,50 @@ class Memory:
     def note_read(self, where: Where, program: int) -> None:
         """Bytes `where` are read by `program`."""
         if self._programs > 1:
-            self._hazard(where, program, writing=False)
+            self._note_shared_read(where, program)
 
     def barrier(self) -> None:
         """All programs have met: what was written before may be read from now on."""
         self._writer = self._reader = None
 
-    def _hazard(self, where: Where, program: int, writing: bool) -> None:
+    def _note_shared_write(self, where: Where, program: int, values: np.ndarray) -> None:
+        """What another program wrote or reads may only be written again as it is: equal bytes are no race."""
+        me = program + 1
+        if self._writer is None:
+            self._writer = np.zeros(self.data.nbytes, np.uint8)
+        written = where.of(self._writer)
+        foreign = (written != 0) & (written != me)
+        touched = foreign.copy()
+        if self._reader is not None:
+            read = where.of(self._reader)
+            touched |= (read != 0) & (read != me)
+        if touched.any():
+            new = np.ascontiguousarray(values).view(np.uint8).reshape(written.shape)
+            differs = touched & (new != where.of(self.data))
+            if (differs & foreign).any():
+                raise Hazard("writes", program, "wrote", written[differs & foreign])
+            if differs.any():
+                raise Hazard("writes", program, "reads", read[differs])
+        written[...] = np.where(foreign, SEVERAL, me)
+
+    def _note_shared_read(self, where: Where, program: int) -> None:
         me = program + 1
         if self._writer is not None:
-            tags = where.of(self._writer)
-            if ((tags != 0) & (tags != me)).any():
-                other = int(tags[(tags != 0) & (tags != me)][0]) - 1
-                raise Hazard("writes" if writing else "reads", program, "wrote", other)
-        if writing:
-            if self._reader is not None:
-                tags = where.of(self._reader)
-                if ((tags != 0) & (tags != me)).any():
-                    raise Hazard("writes", program, "reads", None)
-            if self._writer is None:
-                self._writer = np.zeros(self.data.nbytes, np.uint8)
-            where.of(self._writer)[...] = me
-        else:
-            if self._reader is None:
-                self._reader = np.zeros(self.data.nbytes, np.uint8)
-            tags = where.of(self._reader)
-            tags[...] = np.where((tags == 0) | (tags == me), me, 255)
+            written = where.of(self._writer)
+            foreign = (written != 0) & (written != me) & (written != SEVERAL)
+            if foreign.any():
+                raise Hazard("reads", program, "wrote", written[foreign])
+        if self._reader is None:
+            self._reader = np.zeros(self.data.nbytes, np.uint8)
+        tags = where.of(self._reader)
+        tags[...] = np.where((tags == 0) | (tags == me), me, SEVERAL)
 
 
 class Hazard(Exception):
     """Two programs touch the same bytes of shared HBM with no barrier between."""
 
-    def __init__(self, verb: str, program: int, other_verb: str, other: int | None) -> None:
-        who = "another program" if other is None else f"program {other}"
+    def __init__(self, verb: str, program: int, other_verb: str, tags: np.ndarray) -> None:
+        who = "another program" if other_verb == "reads" or tags[0] == SEVERAL else f"program {tags[0] - 1}"
         super().__init__(
             f"program {program} {verb} bytes that {who} {other_verb} with no core_barrier in between"
         )

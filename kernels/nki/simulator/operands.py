@@ -6,7 +6,7 @@ All of it is for the instruction that runs (``machine.instruction``): messages n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -19,10 +19,20 @@ ON_CHIP = ("sbuf", "psum")
 DMA_MEMORY = ("sbuf", "private_hbm", "shared_hbm")
 
 
+def fail(operand: str, expected: str, got: Any) -> NoReturn:
+    """Raise NkiSimulationError for `operand` of the running instruction."""
+    errors.fail(_running(), operand, expected, got)
+
+
 def check(condition: bool, operand: str, expected: str, got: Any) -> None:
-    """Raise NkiSimulationError for `operand` of the running instruction unless `condition` holds."""
+    """:func:`fail` unless `condition` holds."""
     if not condition:
-        errors.fail(_running(), operand, expected, got)
+        fail(operand, expected, got)
+
+
+def caution(operand: str, expected: str, got: Any, count: int = 1) -> None:
+    """Note that `operand` of the running instruction is doubtful on the hardware: a warning, no error."""
+    _machine.current().caution(_running(), operand, expected, got, count)
 
 
 def _running() -> str:
@@ -75,10 +85,42 @@ def _resolve(operand: str, t: NkiTensor) -> NkiTensor:
 
 
 def same_partitions(dst: NkiTensor, **others: NkiTensor) -> None:
-    """All operands occupy as many partitions as `dst` and hold as many elements in each."""
+    """All operands have the partitions of `dst` and as many elements in each, and none is shifted into it."""
     for name, t in others.items():
         check(t.shape[0] == dst.shape[0], name, f"{dst.shape[0]} partitions, as dst", t)
         check(t.free_size == dst.free_size, name, f"{dst.free_size} elements each, as dst", t)
+        apart = "the very elements of dst or none of them (which is read or written first is not defined)"
+        check(not _shifted(dst, t), name, apart, f"{t!r} overlapping dst")
+
+
+def _shifted(dst: NkiTensor, t: NkiTensor) -> bool:
+    """Whether an element of `t` lies where another element of `dst` is written, in the same storage.
+
+    In place is fine, and so is the narrowing of a dense row onto its own start: writing stays behind reading.
+    """
+    if dst.storage.memory is not t.storage.memory:
+        return False
+    to, origin = dst.where(), t.where()
+    if to.offset == origin.offset:
+        if _merged(dst) == _merged(t):
+            return False
+        dense = dst.is_contiguous() and t.is_contiguous()
+        if dense and dst.itemsize <= t.itemsize and to.strides[0] == origin.strides[0]:
+            return False
+    return np.shares_memory(dst.array(), t.array())
+
+
+def _merged(t: NkiTensor) -> list[tuple[int, int]]:
+    """``(count, stride in bytes)`` of each dimension, without those of one element, neighbours made one."""
+    dims: list[tuple[int, int]] = []
+    for n, s in zip(t.shape, t.where().strides, strict=True):
+        if n == 1:
+            continue
+        if len(dims) > 1 and dims[-1][1] == n * s:
+            dims[-1] = (dims[-1][0] * n, s)
+        else:
+            dims.append((n, s))
+    return [*dims, (t.itemsize, 1)]
 
 
 def column(operand: str, value: Any, partitions: int, **rules: Any) -> NkiTensor:
@@ -122,7 +164,24 @@ def scalar(operand: str, value: Any, partitions: int, dtype: Sequence[str] | Non
 
 def put(dst: NkiTensor, values: np.ndarray, operand: str = "dst") -> None:
     """Write fp32 `values` to `dst`, rounded to its dtype."""
-    write(dst, dtypes.from_float32(values, dst.dtype), operand)
+    write(dst, rounded(values, dst.dtype, operand), operand)
+
+
+def rounded(values: np.ndarray, dtype: str, operand: str = "dst") -> np.ndarray:
+    """fp32 `values` in `dtype`. What is finite and too large for FP8 is a warning, counted.
+
+    The documents do not say whether the hardware makes that Inf, NaN or the largest finite code; here it is
+    what the format has beyond its largest value: Inf, or NaN for float8_e4m3fn.
+    """
+    result = dtypes.from_float32(values, dtype)
+    if dtype in dtypes.FP8:
+        lost = ~np.isfinite(dtypes.to_float32(result, dtype))
+        if lost.any():
+            count = int(np.count_nonzero(lost & np.isfinite(values)))
+            if count:
+                largest = dtypes.largest(dtype)
+                caution(operand, f"values within ±{largest} ({dtype})", "larger ones", count)
+    return result
 
 
 def put_bits(dst: NkiTensor, values: np.ndarray, operand: str = "dst") -> None:

@@ -42,25 +42,30 @@ class Kernel:
         return simulate(self)(*args, **kwargs)
 
 
-def simulate(kernel: Any, grid: Any = None, target: str | None = None) -> Callable[..., Any]:
+def simulate(
+    kernel: Any, grid: Any = None, target: str | None = None, language: str = "0.6"
+) -> Callable[..., Any]:
     """Make `kernel` callable on NumPy arrays or torch tensors, on the CPU.
 
     Arrays become HBM tensors and are updated in place where the kernel writes them; other arguments pass
-    through. Results come back as the kind of array that came in. ``grid``: None or 1 for one program, n or
-    ``(n,)`` for n concurrent programs over shared HBM. ``target``: trn1, trn2 or trn3; None is that of
-    ``NEURON_PLATFORM_TARGET_OVERRIDE``, or trn2 (see ``hardware.Target`` for what differs).
+    through. Results, which the kernel allocates in shared HBM, come back as the kind of array that came in.
+    ``grid``: None or 1 for one program, 2 or ``(2,)`` for the two NeuronCores of a logical one, which share
+    HBM. ``target``: trn1, trn2 or trn3; None is that of ``NEURON_PLATFORM_TARGET_OVERRIDE``, or trn2 (see
+    ``hardware.Target`` for what differs). ``language``: the version of NKI, "0.6" or "0.7", whose Python the
+    kernel may use (see :func:`check_language`).
 
     A kernel written against the Neuron SDK's own ``nki``, where that is installed, runs in the SDK's
     simulator instead.
 
     Raises NkiSimulationError where the kernel breaks a rule, NotImplementedError for what is not covered,
-    ValueError for a grid or target that does not exist.
+    ValueError for a grid, target or language that does not exist. Warns with NkiSimulationWarning of what is
+    doubtful on the hardware, once for each line.
     """
     real, sizes = _real_nki(kernel), _sizes(grid)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if real is None:
-            return _launch(kernel, grid, target, None, args, kwargs)
+            return _launch(kernel, grid, target, language, None, args, kwargs)
         with _target_in_environment(target):
             return real.simulate(kernel if sizes is None else kernel[sizes[0]])(*args, **kwargs)
 
@@ -79,7 +84,7 @@ def cost(kernel: Any, grid: Any = None, target: str | None = None) -> Callable[.
         if hardware.target(target) is not hardware.TARGETS["trn2"]:
             raise NotImplementedError("the cost model covers Trainium2 only")
         recorders: list[Recorder] = []
-        _launch(kernel, grid, target, recorders, args, kwargs)
+        _launch(kernel, grid, target, "0.6", recorders, args, kwargs)
         return CostReport(recorders)
 
     return call
@@ -121,6 +126,7 @@ def as_nki() -> Iterator[Any]:
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "nki"}
     sys.modules["nki"] = ours
     sys.modules.update({f"nki.{name}": getattr(ours, name) for name in ("isa", "language", "typing")})
+    sys.modules["nki.isa.constants"] = ours.isa.constants
     try:
         yield ours
     finally:
@@ -161,16 +167,24 @@ def _sizes(grid: Any) -> tuple[int, ...] | None:
 
 
 def _launch(
-    kernel: Any, grid: Any, target: str | None, recorders: list[Recorder] | None, args: Any, kwargs: Any
+    kernel: Any,
+    grid: Any,
+    target: str | None,
+    language: str,
+    recorders: list[Recorder] | None,
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     function = kernel.function if isinstance(kernel, Kernel) else kernel
     if grid is None and isinstance(kernel, Kernel):
         grid = kernel.grid
     sizes = _sizes(grid) or ()
     programs = math.prod(sizes)
-    if len(sizes) > 1 or not 1 <= programs <= 200:
-        raise ValueError(f"grid: expected None, n or (n,) with n in 1..200, got {grid!r}")
-    check_language(kernel)
+    if len(sizes) > 1 or programs not in (1, 2):
+        raise ValueError(
+            f"grid: expected None, 1, 2, (1,) or (2,), the NeuronCores of a logical one (LNC), got {grid!r}"
+        )
+    check_language(kernel, language)
     inputs = _Inputs(programs)
     args = [inputs.wrap(a) for a in args]
     kwargs = {k: inputs.wrap(v) for k, v in kwargs.items()}
@@ -181,7 +195,10 @@ def _launch(
         if recorders is not None:
             recorders.append(recorder := Recorder())
         machines.append(_machine.Machine(program, sizes, shared, recorder, hardware.target(target)))
-    results = _run(function, args, kwargs, machines, shared)
+    try:
+        results = _run(function, args, kwargs, machines, shared)
+    finally:
+        _machine.warn(machines)
     for m in machines:
         if m.cost is not None:
             m.cost.peaks = {"SBUF": m.sbuf.peak, "PSUM": m.psum.peak}
@@ -240,6 +257,8 @@ class Shared:
         self._state: list[Any] = ["ready"] * programs
         self._aborted = False
         self._stuck: list[int] = []
+        self._brought: list[Any] = [None] * programs  # to the next meeting, and to the last one
+        self._met: list[Any] = []
         self._allocations: list[tuple[tuple, Storage]] = []
 
     def allocation(self, key: tuple, make: Callable[[], Storage]) -> Storage:
@@ -261,15 +280,21 @@ class Shared:
             if self._aborted:
                 raise Aborted
 
-    def barrier(self, program: int, storage: Storage) -> None:
-        """Wait until every program is here; then `storage` may be read by all."""
+    def meet(
+        self, program: int, place: Any, what: Any = None, release: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """Wait until every program is at `place`, then `release`; what each of them brought."""
         with self._condition:
-            self._state[program] = storage
-            if all(s is storage for s in self._state):
-                storage.memory.barrier()
+            self._brought[program] = what
+            self._state[program] = place
+            if all(state == place for state in self._state):
+                if release is not None:
+                    release()
                 self._state = ["ready"] * len(self._state)
+                self._met = list(self._brought)
             self._pass_on()
         self.turn(program)
+        return self._met
 
     def done(self, program: int) -> None:
         """`program` has ended."""
@@ -287,7 +312,7 @@ class Shared:
         """Error if a program waited at a barrier that another never reached."""
         if self._stuck:
             raise NkiSimulationError(
-                "nki.isa.core_barrier: expected every program at the same barrier, "
+                "nki.isa.core_barrier, sendrecv: expected every program at the same barrier, "
                 f"got only programs {self._stuck}"
             )
 
@@ -313,6 +338,7 @@ class _Inputs:
         self._programs = programs
         self._torch: Any = None
         self._copies: list[tuple[np.ndarray, np.ndarray]] = []
+        self._storages: list[Storage] = []
 
     def wrap(self, value: Any) -> Any:
         """An HBM tensor for an array; anything else as it is."""
@@ -335,6 +361,7 @@ class _Inputs:
         flat = dense.reshape(-1).view(np.uint8)
         buffer = "shared_hbm" if self._programs > 1 else "private_hbm"
         storage = Storage(buffer, 1, flat.nbytes, Memory(flat, written=True, programs=self._programs))
+        self._storages.append(storage)
         return NkiTensor(value.shape, name, storage, buffer)
 
     def unwrap(self, value: Any) -> Any:
@@ -343,8 +370,8 @@ class _Inputs:
             return type(value)(self.unwrap(v) for v in value)
         if not isinstance(value, NkiTensor):
             return value
-        if value.on_chip:
-            fail("return", "result", "a tensor in HBM", value)
+        if value.buffer != "shared_hbm" and value.storage not in self._storages:
+            fail("return", "result", "a tensor in HBM that the caller sees: buffer=nl.shared_hbm", value)
         array = np.array(value.read("return", "result"))
         return array if self._torch is None else _to_torch(self._torch, array)
 

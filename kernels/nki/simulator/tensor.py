@@ -6,6 +6,7 @@ dimension 0 is the partition and stays in front; its stride is the bytes of one 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,26 @@ from .memory import Hazard, Storage, Where
 
 
 class NKIObject:
-    """Base class of the classes a kernel may use."""
+    """Base class of the classes a kernel may use; a class without ``__init__`` takes its annotated fields.
+
+    As the language guide has it ("Class Support"): in the order of the annotations, by place or by name, None
+    where a field has no default; then ``__post_init__`` is called.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names: list[str] = []
+        for cls in reversed(type(self).__mro__):
+            names += [name for name in inspect.get_annotations(cls) if name not in names]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) > len(names) or set(kwargs) - set(names) or len(given) < len(args) + len(kwargs):
+            raise TypeError(
+                f"{type(self).__name__} takes {', '.join(names) or 'no arguments'}: got {args}, {kwargs}"
+            )
+        for name in names:
+            setattr(self, name, given[name] if name in given else getattr(self, name, None))
+        post_init = getattr(self, "__post_init__", None)
+        if post_init is not None:
+            post_init()
 
 
 class DynamicSlice(NKIObject):
@@ -444,9 +464,13 @@ class NkiTensor(NKIObject):
     def read(self, instruction: str, operand: str) -> np.ndarray:
         """The elements, once they are known to have been written (and by no other program meanwhile)."""
         where, memory = self.where(), self.storage.memory
-        missing = memory.unwritten(where)
+        missing, here = memory.unwritten(where), _machine.current()
         if missing:
-            fail(instruction, operand, "memory that was written", f"{missing} unwritten bytes of {self!r}")
+            got = f"{missing} unwritten bytes of {self!r}"
+            if missing == where.count or not self.on_chip:
+                fail(instruction, operand, "memory that was written", got)
+            here.caution(instruction, operand, "memory that was written", got)
+            memory.fill_unwritten(where)
         other = self.storage.overwritten(where)
         if other:
             fail(
@@ -455,7 +479,6 @@ class NkiTensor(NKIObject):
                 f"{self!r} as it was written",
                 f"bytes that {other}, placed over it, wrote",
             )
-        here = _machine.current()
         try:
             memory.note_read(where, here.program)
         except Hazard as hazard:
@@ -469,15 +492,16 @@ class NkiTensor(NKIObject):
         if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
             fail(instruction, operand, "a destination without a broadcast dimension", self.get_pattern())
         where, memory, here = self.where(), self.storage.memory, _machine.current()
+        target = self.array()
+        new = np.broadcast_to(values.reshape(target.shape) if values.ndim else values, target.shape)
         try:
-            memory.note_write(where, here.program)
+            memory.note_write(where, here.program, new)
         except Hazard as hazard:
             fail(instruction, operand, "no race on shared HBM", hazard)
         if here.cost is not None:
             here.cost.writes.append(Region(self))
         self.storage.claim(where)
-        target = self.array()
-        target[...] = values.reshape(target.shape) if values.ndim else values
+        target[...] = new
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

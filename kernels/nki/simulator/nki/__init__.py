@@ -9,7 +9,9 @@ from ..errors import NotCovered
 from ..run import Kernel
 from . import isa, language, typing
 
-__all__ = ["Kernel", "isa", "jit", "language", "simulate", "typing"]
+__all__ = ["Kernel", "dtype", "isa", "jit", "language", "simulate", "typing"]
+
+dtype = str  # what annotations call the dtypes of nki.language, which are strings
 
 
 def jit(fn: Any = None, **kwargs: Any) -> Any:

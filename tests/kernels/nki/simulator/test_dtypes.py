@@ -50,3 +50,11 @@ def test_integers_round_to_even_and_saturate():
 def test_tf32_keeps_ten_mantissa_bits():
     points = np.array([1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-12], np.float32)
     assert dtypes.from_float32(points, "tfloat32").tolist() == [1 + 2**-10, 1.0, 1 + 2**-9, 1.0]
+
+
+@pytest.mark.parametrize("name", dtypes.PACKED)
+def test_packed_dtypes_are_moved_but_not_computed_with(name):
+    assert dtypes.name_of(name) == name and dtypes.itemsize(name) in (2, 4)
+    for convert in (dtypes.to_float32, dtypes.from_float32):
+        with pytest.raises(NotImplementedError, match=f"{name}: the simulator moves packed"):
+            convert(np.zeros(2, dtypes.NUMPY[name]), name)

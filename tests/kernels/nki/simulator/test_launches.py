@@ -14,7 +14,7 @@ from nki_simulated import doubled, nisa, nki, nl, normal, sbuf
 from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationError, as_nki, cost, simulate
 
 
-@pytest.mark.parametrize("grid", [None, 1, 2, (2,), 4])
+@pytest.mark.parametrize("grid", [None, 1, 2, (2,)])
 def test_programs_share_hbm(grid):
     x = normal(64, 32)
     np.testing.assert_array_equal(simulate(doubled, grid)(x), 2 * x)
@@ -27,7 +27,7 @@ def test_bracket_syntax_and_calling_a_kernel_directly():
     np.testing.assert_array_equal(doubled(x), 2 * x)
 
 
-@pytest.mark.parametrize("grid", [0, (2, 2), 1000])
+@pytest.mark.parametrize("grid", [0, (2, 2), 1000, 3, 4])
 def test_grids_that_cannot_be_launched(grid):
     with pytest.raises(ValueError, match="grid: expected"):
         simulate(doubled, grid)(normal(64, 32))
@@ -65,7 +65,9 @@ def test_programs_that_race_or_wait_for_ever_are_caught():
 
     def both_write(x):
         out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
-        nl.store(out, nl.load(x))
+        tile = nl.load(x)
+        nisa.tensor_scalar(tile, tile, nl.add, float(nl.program_id()))
+        nl.store(out, tile)
         return out
 
     def write_what_was_read(x):
@@ -86,6 +88,63 @@ def test_programs_that_race_or_wait_for_ever_are_caught():
         simulate(both_write, 2)(x)
     with pytest.raises(NkiSimulationError, match="program 1 writes bytes that another program reads"):
         simulate(write_what_was_read, 2)(x)
+
+
+def test_two_programs_may_write_the_same_bytes():
+    def both(x):
+        out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
+        for _ in range(2):
+            nl.store(out, nl.load(x))
+            nl.load(out)
+        return out
+
+    x = normal(4, 4)
+    np.testing.assert_array_equal(simulate(both, 2)(x), x)
+
+
+def test_sendrecv_exchanges_tiles_between_two_programs():
+    def swap(x, wrong_rank, gpsimd):
+        out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
+        me, rows = nl.program_id(), x.shape[0] // 2
+        mine = nl.load(x[nl.ds(me * rows, rows)])
+        theirs = nl.ndarray(mine.shape, mine.dtype)
+        for pipe in range(2):
+            nisa.sendrecv(
+                mine,
+                theirs,
+                send_to_rank=me if wrong_rank else 1 - me,
+                recv_from_rank=1 - me,
+                pipe_id=pipe,
+                dma_engine=nisa.dma_engine.gpsimd_dma if gpsimd else nisa.dma_engine.dma,
+            )
+            nisa.tensor_copy(mine, theirs)
+        nl.store(out[nl.ds((1 - me) * rows, rows)], theirs)
+        return out
+
+    x = normal(8, 6)
+    np.testing.assert_array_equal(simulate(swap, 2)(x, False, True), x[[4, 5, 6, 7, 0, 1, 2, 3]])
+    with pytest.raises(NkiSimulationError, match="a program that sends to 0, got 1, which sends to 1"):
+        simulate(swap, 2)(x, True, False)
+    with pytest.raises(NkiSimulationError, match="a grid of 2"):
+        simulate(swap)(x, False, False)
+    with pytest.raises(NkiSimulationError, match="at most 1024 B per partition with gpsimd_dma, got 1200"):
+        simulate(swap, 2)(normal(8, 300), False, True)
+
+
+@pytest.mark.parametrize("buffer", [nl.private_hbm, nl.hbm])
+def test_results_are_in_shared_hbm(buffer):
+    def result(x):
+        out = nl.ndarray(x.shape, dtype=x.dtype, buffer=buffer)
+        nisa.dma_copy(out, x)
+        return out
+
+    def given(x):
+        return x
+
+    with pytest.raises(NkiSimulationError, match=r"return: result: .*buffer=nl.shared_hbm"):
+        simulate(result)(normal(4, 4))
+    x = normal(4, 4)
+    np.testing.assert_array_equal(simulate(given)(x), x)
 
 
 def test_programs_must_allocate_shared_memory_alike():
@@ -161,6 +220,36 @@ def test_objects_and_tuples_are_arguments_but_lists_are_not():
     np.testing.assert_array_equal(simulate(kernel)((x, y), Arguments(2.0)), (x + y) * 2)
     with pytest.raises(NkiSimulationError, match="lists are no kernel arguments"):
         simulate(kernel)([x, y], Arguments(2.0))
+
+
+class Bare(nl.NKIObject):
+    rows: int
+    factor: float = 2.0
+    sum: float = None
+
+    def __post_init__(self):
+        self.sum = self.rows + self.factor
+
+
+class Wider(Bare):
+    extra: int = 7
+
+
+def test_an_object_without_init_takes_its_annotated_fields():
+    assert (Bare(1).rows, Bare(1).factor, Bare(1).sum) == (1, 2.0, 3.0)
+    assert Bare(rows=4, factor=1.0).sum == 5.0
+    wide = Wider(1, 2, extra=9)
+    assert (wide.factor, wide.extra) == (2, 9)
+    for wrong in (lambda: Bare(1, 2, 3, 4), lambda: Bare(1, rows=1), lambda: Bare(none=1)):
+        with pytest.raises(TypeError, match="Bare takes rows, factor, sum"):
+            wrong()
+
+
+def test_versions_are_in_order_and_constants_have_a_module():
+    with as_nki():
+        from nki.isa.constants import dge_mode, nc_version
+    assert nc_version.gen2 < nisa.nc_version.gen3 < nc_version.gen4
+    assert dge_mode is nisa.dge_mode and nki.dtype is str
 
 
 def test_language_calls_make_tiles():

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from nki_simulated import body, breaks, doubled, nisa, nki, nl, normal, psum, sbuf
 
-from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationError, simulate
+from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationError, NkiSimulationWarning, simulate
 
 
 def partly_written():
     tile = sbuf((1, 8), value=None)
     nisa.memset(tile[:, 0:7], 0)
     return tile
+
+
+def total(tile, result, cmd=nisa.reduce_cmd.reset_reduce):
+    nisa.tensor_scalar_reduce(tile, sbuf((4, 8)), nl.add, 0.0, nl.add, result, reduce_cmd=cmd)
+
+
+def clobber(between):
+    """A sum in two steps, with an instruction between them that uses the accumulator too."""
+    tile = sbuf((4, 8), value=None)
+    total(tile, None)
+    between(tile)
+    total(tile, sbuf((4, 1)), nisa.reduce_cmd.reduce)
 
 
 FP8_FN = "float8_e4m3fn"
@@ -36,7 +50,6 @@ BROKEN = {
         r"tensor_copy: src: expected memory that was written, got 2048 unwritten bytes of <'t' sbuf",
         lambda: nisa.tensor_copy(sbuf((128, 4)), sbuf((128, 4), value=None, name="t")),
     ),
-    "partly unwritten read": ("4 unwritten bytes", lambda: nisa.tensor_copy(sbuf((1, 8)), partly_written())),
     "start partition": (
         "start at partition 0 or 32 or 64 or 96, got start 5",
         lambda: nisa.memset(sbuf((128, 4))[5:9], 0),
@@ -84,6 +97,95 @@ BROKEN = {
         lambda: nisa.dma_compute(sbuf((1, 1)), [sbuf((1, 1))], nl.add, scales=[2.0]),
     ),
     "memset's value": ("a whole number of uint8, got 256", lambda: sbuf((1, 1), dtype=nl.uint8, value=256)),
+    "float in integers": (
+        "a whole number of int32, got 2.0, which is no integer",
+        lambda: sbuf((1, 1), dtype=nl.int32, value=2.0),
+    ),
+    "packed constant": ("0, the only constant", lambda: sbuf((1, 1), dtype=nl.float8_e4m3fn_x4, value=1)),
+    "hwdge casts": (
+        "dge_mode: expected another to cast float32 to bfloat16: hwdge moves bytes",
+        lambda: nisa.dma_copy(sbuf((1, 4), nl.bfloat16), sbuf((1, 4)), dge_mode=nisa.dge_mode.hwdge),
+    ),
+    "shifted copy": (
+        "src: expected the very elements of dst or none of them",
+        lambda: (lambda t: nisa.tensor_copy(t[:, 1:8], t[:, 0:7]))(sbuf((1, 8))),
+    ),
+    "turned copy": (
+        "data1: expected the very elements of dst or none of them",
+        lambda: (lambda t: nisa.tensor_tensor(t, t.permute((0, 2, 1)), sbuf((1, 4, 4)), nl.add))(
+            sbuf((1, 4, 4))
+        ),
+    ),
+    "broadcast of an element that is overwritten": (
+        "src: expected the very elements of dst or none of them",
+        lambda: (lambda t: nisa.tensor_copy(t, t[:, 0:1].broadcast(1, 8)))(sbuf((1, 8))),
+    ),
+    "widening in place": (
+        "src: expected the very elements of dst or none of them",
+        lambda: (lambda t: nisa.tensor_copy(t, t.view(nl.bfloat16)[:, 0:8]))(sbuf((1, 8))),
+    ),
+    "clobbered accumulator": (
+        "reduce_cmd: expected the accumulator as this chain left it, got one that was reset at",
+        lambda: clobber(lambda t: total(t, sbuf((4, 1)))),
+    ),
+    "accumulator used by another operator": (
+        "reduce_cmd: expected the accumulator of a chain of nl.add, got one that nl.maximum has used",
+        lambda: clobber(
+            lambda t: nisa.select_reduce(
+                t,
+                sbuf((4, 8), dtype=nl.uint8),
+                sbuf((4, 8)),
+                0.0,
+                reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                reduce_op=nl.maximum,
+            )
+        ),
+    ),
+    "accumulator in doubt": (
+        "reset_reduce: an instruction that may change the accumulator",
+        lambda: clobber(lambda t: nisa.select_reduce(t, sbuf((4, 8), dtype=nl.uint8), sbuf((4, 8)), 0.0)),
+    ),
+    "statistics of too many": (
+        "at most 512 elements",
+        lambda: nisa.bn_stats(sbuf((4, 6)), sbuf((4, 513))),
+    ),
+    "statistics of no triples": ("triples", lambda: nisa.bn_aggr(sbuf((4, 2)), sbuf((4, 7)))),
+    "result of statistics": (
+        "dst: expected 4 partitions of 6",
+        lambda: nisa.bn_stats(sbuf((4, 2)), sbuf((4, 9))),
+    ),
+    "search in too few": (
+        "src: expected 8 to 16384 elements",
+        lambda: nisa.max8(sbuf((4, 8)), sbuf((4, 7))),
+    ),
+    "search for too many": (
+        "vals: expected 8 elements",
+        lambda: nisa.nc_find_index8(sbuf((4, 8), dtype=nl.uint32), sbuf((4, 9)), sbuf((4, 9))),
+    ),
+    "index dtype": (
+        "dst: expected dtype uint16 or uint32",
+        lambda: nisa.nc_find_index8(sbuf((4, 8), dtype=nl.int32), sbuf((4, 9)), sbuf((4, 8))),
+    ),
+    "range_select's constant": (
+        "on_false_value: expected fp32's lowest value",
+        lambda: nisa.range_select(
+            sbuf((4, 8)),
+            sbuf((4, 8)),
+            nl.greater_equal,
+            nl.less,
+            sbuf((4, 1)),
+            sbuf((4, 1)),
+            on_false_value=0.0,
+        ),
+    ),
+    "shuffle mask": (
+        "shuffle_mask: expected 32 partitions",
+        lambda: nisa.nc_stream_shuffle(sbuf((32, 4)), sbuf((32, 4)), [0] * 31),
+    ),
+    "shuffle from nowhere": (
+        r"shuffle_mask: expected partitions of src, of which there are 1, got \[1\]",
+        lambda: nisa.nc_stream_shuffle(sbuf((2, 4)), sbuf((1, 4)), list(range(32))),
+    ),
     "engine cannot memset": (
         "vector or gpsimd, got scalar",
         lambda: nisa.memset(sbuf((1, 1)), 0, engine=nisa.engine.scalar),
@@ -223,10 +325,6 @@ BROKEN = {
             psum((4, 4)), sbuf((4, 4)), sbuf((4, 4)), tile_position=(16, 0), tile_size=(32, 128)
         ),
     ),
-    "accumulate onto a memset": (
-        "accumulate: expected False for the first matmul",
-        lambda: nisa.nc_matmul(psum((4, 4)), sbuf((4, 4)), sbuf((4, 4)), accumulate=True),
-    ),
     "accumulate onto nothing": (
         "accumulate: expected False for the first matmul",
         lambda: nisa.nc_matmul(psum((4, 4), value=None), sbuf((4, 4)), sbuf((4, 4)), accumulate=True),
@@ -283,6 +381,109 @@ def test_a_broken_rule_is_caught(rule):
     breaks(match, statements)
 
 
+def multiply(stationary, moving, **kwargs):
+    free = 2 if "perf_mode" in kwargs else 1
+    dst = psum((stationary.free_size // free, moving.free_size // free), value=None)
+    nisa.nc_matmul(dst, stationary, moving, **kwargs)
+
+
+def eight_bits(shape):
+    return sbuf(shape, dtype=nl.float8_e4m3)
+
+
+DOUBTFUL = {
+    "partly unwritten read": (
+        "tensor_copy: src: expected memory that was written, got 4 unwritten bytes",
+        lambda: nisa.tensor_copy(sbuf((1, 8)), partly_written()),
+    ),
+    "accumulate onto a memset": (
+        "accumulate: expected False for the first matmul .* got True",
+        lambda: nisa.nc_matmul(psum((4, 4)), sbuf((4, 4)), sbuf((4, 4)), accumulate=True),
+    ),
+    "infer accumulation onto a memset": (
+        "accumulate: expected False for the first matmul .* got None on a location that something else wrote",
+        lambda: nisa.nc_matmul(psum((4, 4)), sbuf((4, 4)), sbuf((4, 4))),
+    ),
+    "FP8 overflow": (
+        r"tensor_copy: dst: expected values within ±240.0 \(float8_e4m3\), got larger ones\n.*\(6 times\)",
+        lambda: nisa.tensor_copy(sbuf((2, 3), dtype=nl.float8_e4m3), sbuf((2, 3), value=1000.0)),
+    ),
+    "FP8 overflow in a DMA": (
+        r"dma_copy: dst: expected values within ±448.0 \(float8_e4m3fn\)",
+        lambda: nisa.dma_copy(sbuf((2, 3), dtype=FP8_FN), sbuf((2, 3), value=1000.0)),
+    ),
+    "FP8 overflow of a constant": (
+        r"memset: dst: expected values within ±57344.0",
+        lambda: sbuf((2, 3), dtype=nl.float8_e5m2, value=1e6),
+    ),
+    "activation outside of its range": (
+        r"activation: data: expected inputs of nl.rsqrt within \[6.46.*e-27, 1.58.*\], .*\n.*\(4 times\)",
+        lambda: nisa.activation(sbuf((1, 4)), nl.rsqrt, sbuf((1, 4), value=1e-30)),
+    ),
+    "two free dimensions": (
+        "stationary: expected one free dimension",
+        lambda: multiply(sbuf((4, 4, 8))[:, :, 0:4], sbuf((4, 4))),
+    ),
+    "pairs side by side": (
+        "stationary: expected with double_row two dense halves",
+        lambda: multiply(
+            eight_bits((4, 16, 2)).permute((0, 2, 1)), eight_bits((4, 2, 4)), perf_mode=double_row
+        ),
+    ),
+    "odd pair stride": (
+        "moving: expected .* an even number of bytes apart, got a pair stride of 5",
+        lambda: multiply(eight_bits((4, 2, 4)), eight_bits((4, 2, 5)), perf_mode=double_row),
+    ),
+    "strided halves": (
+        "moving: expected with double_row two dense halves",
+        lambda: multiply(eight_bits((4, 2, 4)), eight_bits((4, 2, 8, 2))[:, :, :, 0], perf_mode=double_row),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTFUL)
+def test_what_is_doubtful_on_the_hardware_is_a_warning(case):
+    match, statements = DOUBTFUL[case]
+    with pytest.warns(NkiSimulationWarning, match=match) as caught:
+        body(statements)
+    assert (
+        len(caught) == 1 and f"{__file__}:" in str(caught[0].message)
+    ) or case == "FP8 overflow of a constant"
+
+
+def test_what_is_in_order_warns_of_nothing():
+    def statements():
+        in_place = sbuf((4, 8))
+        nisa.tensor_tensor(in_place, in_place, in_place, nl.add)
+        nisa.tensor_copy(in_place[:, 0:8:2], in_place[:, 1:8:2])
+        nisa.tensor_copy(in_place.view(nl.bfloat16)[:, 0:8], in_place)
+        nisa.tensor_copy(in_place.reshape((4, 2, 4)), in_place)
+        total(in_place, None)
+        total(in_place, sbuf((4, 1)), nisa.reduce_cmd.reduce)
+        total(in_place, sbuf((4, 1)))
+        multiply(sbuf((4, 2, 2, 4)), sbuf((4, 4, 4))[:, :, 0:2])
+        multiply(eight_bits((4, 2, 6)), eight_bits((4, 2, 2, 6)), perf_mode=double_row)
+        nisa.tensor_copy(sbuf((1, 4), dtype=nl.float8_e4m3), sbuf((1, 4), value=np.inf))
+        nisa.tensor_copy(sbuf((1, 4), dtype=nl.float8_e4m3), sbuf((1, 4), value=240.0))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        body(statements)
+
+
+def test_unwritten_elements_read_as_nan():
+    def kernel():
+        out = nl.ndarray((1, 8), dtype=nl.float32, buffer=nl.shared_hbm)
+        tile = sbuf((1, 8), value=None)
+        nisa.tensor_copy(tile, partly_written())
+        nl.store(out, tile)
+        return out
+
+    with pytest.warns(NkiSimulationWarning, match="4 unwritten bytes"):
+        got = simulate(kernel)()
+    np.testing.assert_array_equal(got, [[0] * 7 + [np.nan]])
+
+
 def test_the_message_names_instruction_operand_and_source_line():
     def statements():
         nisa.tensor_copy(dst=sbuf((4, 4)), src=sbuf((4, 5)))
@@ -329,7 +530,7 @@ def test_a_result_not_written_completely_is_an_error():
         simulate(lambda: sbuf((4, 4)))()
 
 
-@pytest.mark.parametrize("name", ["bn_stats", "sendrecv", "nc_matmul_mx", "no_such_instruction"])
+@pytest.mark.parametrize("name", ["quantize_mx", "dropout", "nc_matmul_mx", "no_such_instruction"])
 def test_what_is_not_covered_names_the_instruction(name):
     with pytest.raises(NotImplementedError, match=f"nki.isa.{name} is not covered"):
         getattr(nisa, name)

@@ -132,3 +132,24 @@ def test_reciprocal_and_scan():
     for i in range(9):
         want[:, i] = state = x[:, i] * state + y[:, i]
     np.testing.assert_array_equal(run(step, x.shape, nl.float32, x, y), want)
+
+
+@pytest.mark.parametrize("sizes", [(512,), (512, 301, 1)])
+def test_batch_norm_statistics_are_mean_and_variance(sizes):
+    x = normal(6, sum(sizes)) * 3 + 10
+
+    def step(d, a):
+        stats, start = sbuf((6, 6 * len(sizes)), value=None), 0
+        for i, n in enumerate(sizes):
+            nisa.bn_stats(stats[:, 6 * i : 6 * i + 6], a[:, start : start + n])
+            start += n
+        nisa.bn_aggr(d, stats)
+
+    want = np.stack([x.mean(1, dtype=np.float64), x.var(1, dtype=np.float64)], 1)
+    np.testing.assert_allclose(run(step, (6, 2), nl.float32, x), want, rtol=1e-5)
+
+
+def test_batch_norm_statistics_of_even_and_odd_elements():
+    x = np.array([[1, 10, 3, 20, 5]], np.float32)
+    got = run(lambda d, a: nisa.bn_stats(d, a), (1, 6), nl.float32, x)
+    assert got.tolist() == [[3, 3, 8, 2, 15, 50]]

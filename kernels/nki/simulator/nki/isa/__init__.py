@@ -11,13 +11,8 @@ from typing import Any
 from ...errors import NkiSimulationError as NkiValidationError
 from ...errors import NotCovered
 from ...tensor import VirtualRegister
-from .dma import core_barrier, dma_compute, dma_copy, dma_transpose
-from .gpsimd import affine_select, iota
-from .registers import register_alloc, register_load, register_move, register_store
-from .scalar import activation, activation_reduce
-from .tensor import nc_matmul, nc_transpose
-from .types import (
-    NkiInstruction,
+from . import constants
+from .constants import (
     dge_mode,
     dma_engine,
     engine,
@@ -33,18 +28,31 @@ from .types import (
     unknown_engine,
     vector_engine,
 )
+from .copies import memset, nc_stream_shuffle, tensor_copy
+from .dma import core_barrier, dma_compute, dma_copy, dma_transpose, sendrecv
+from .gpsimd import affine_select, iota
+from .instruction import NkiInstruction
+from .registers import register_alloc, register_load, register_move, register_store
+from .scalar import activation, activation_reduce
+from .tensor import nc_matmul, nc_transpose
 from .vector import (
-    memset,
+    bn_aggr,
+    bn_stats,
     reciprocal,
     scalar_tensor_tensor,
-    select_reduce,
-    tensor_copy,
-    tensor_copy_predicated,
     tensor_reduce,
     tensor_scalar,
     tensor_scalar_reduce,
     tensor_tensor,
     tensor_tensor_scan,
+)
+from .vector_select import (
+    max8,
+    nc_find_index8,
+    nc_match_replace8,
+    range_select,
+    select_reduce,
+    tensor_copy_predicated,
 )
 
 __all__ = [
@@ -54,6 +62,9 @@ __all__ = [
     "activation",
     "activation_reduce",
     "affine_select",
+    "bn_aggr",
+    "bn_stats",
+    "constants",
     "core_barrier",
     "dge_mode",
     "dma_compute",
@@ -66,11 +77,16 @@ __all__ = [
     "gpsimd_engine",
     "iota",
     "matmul_perf_mode",
+    "max8",
     "memset",
+    "nc_find_index8",
+    "nc_match_replace8",
     "nc_matmul",
+    "nc_stream_shuffle",
     "nc_transpose",
     "nc_version",
     "oob_mode",
+    "range_select",
     "reciprocal",
     "reduce_cmd",
     "register_alloc",
@@ -80,6 +96,7 @@ __all__ = [
     "scalar_engine",
     "scalar_tensor_tensor",
     "select_reduce",
+    "sendrecv",
     "tensor_copy",
     "tensor_copy_predicated",
     "tensor_engine",

@@ -11,11 +11,21 @@ from typing import Any, ParamSpec, cast
 from ... import cost_model
 from ... import machine as _machine
 from ...operands import check, issue
-from ...tensor import NkiTensor
-from .types import DONE, NkiInstruction
-from .types import engine as engines
+from ...tensor import NKIObject, NkiTensor
+from .constants import engine as engines
 
 P = ParamSpec("P")
+
+
+class NkiInstruction(NKIObject):
+    """What an instruction returns; instructions run in program order here."""
+
+    def depends_on(self, *producers: NkiInstruction) -> NkiInstruction:
+        """Order this one after `producers`: always so here."""
+        return self
+
+
+DONE = NkiInstruction()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from ... import cost_model, dtypes, ops
-from ...operands import check, column, numbers, operator, put, same_partitions, scalar, tile
+from ...operands import caution, check, column, numbers, operator, put, same_partitions, scalar, tile
 from ...tensor import NkiTensor
-from . import types
+from . import constants
 from .accumulators import accumulate
-from .instruction import Busy, instruction
+from .instruction import Busy, NkiInstruction, instruction
 
 
 @instruction(engine="scalar")
@@ -23,12 +23,12 @@ def activation(
     scale: Any = 1.0,
     reduce_op: Any = None,
     reduce_res: NkiTensor | None = None,
-    reduce_cmd: Any = types.reduce_cmd.idle,
+    reduce_cmd: Any = constants.reduce_cmd.idle,
     name: str | None = None,
 ) -> Busy:
     """``dst = op(data * scale + bias)`` on ScalarE, and a sum of that over the free dimensions on request.
 
-    An input outside the range where the engine's polynomial is valid gives NaN.
+    An input outside the range where the engine's polynomial is valid gives NaN, and a warning.
     """
     function = operator("op", op, ops.ACTIVATION)
     dst, data = tile("dst", dst), tile("data", data)
@@ -45,25 +45,34 @@ def activation(
     if function in ops.ACTIVATION_RANGE:
         low, high = ops.ACTIVATION_RANGE[function]
         size = np.abs(values) if function == "reciprocal" else values
-        result = np.where((size >= low) & (size <= high), result, np.float32(np.nan))
+        outside = ~((size >= low) & (size <= high))
+        result = np.where(outside, np.float32(np.nan), result)
+        count = int(np.count_nonzero(outside & ~np.isnan(values)))
+        if count:
+            caution(
+                "data",
+                f"inputs of nl.{function} within [{low:g}, {high:g}], where it is valid",
+                "others",
+                count,
+            )
     if reduce_op is not None:
         operator("reduce_op", reduce_op, {"add": 0})
     check(
-        reduce_op is not None or reduce_cmd in (types.reduce_cmd.idle, types.reduce_cmd.reset),
+        reduce_op is not None or reduce_cmd in (constants.reduce_cmd.idle, constants.reduce_cmd.reset),
         "reduce_op",
         "nl.add",
         reduce_op,
     )
     check(
-        reduce_cmd != types.reduce_cmd.load_reduce,
+        reduce_cmd != constants.reduce_cmd.load_reduce,
         "reduce_cmd",
         "idle, reset, reduce or reset_reduce",
         reduce_cmd,
     )
     put(dst, result)
     read_out = 0
-    if reduce_cmd != types.reduce_cmd.idle or reduce_res is not None:
-        total = accumulate("add", result, reduce_cmd)
+    if reduce_cmd != constants.reduce_cmd.idle or reduce_res is not None:
+        total = accumulate("add", result, reduce_cmd, read_out=reduce_res is not None)
         if reduce_res is not None:
             put(column("reduce_res", reduce_res, data.shape[0]), total, "reduce_res")
             read_out = cost_model.ACCUMULATOR_READ
@@ -82,6 +91,8 @@ def activation_reduce(
     bias: Any = None,
     scale: Any = 1.0,
     name: str | None = None,
-) -> types.NkiInstruction:
+) -> NkiInstruction:
     """:func:`activation` with ``reduce_cmd.reset_reduce``."""
-    return activation(dst, op, data, bias, scale, reduce_op, reduce_res, types.reduce_cmd.reset_reduce, name)
+    return activation(
+        dst, op, data, bias, scale, reduce_op, reduce_res, constants.reduce_cmd.reset_reduce, name
+    )

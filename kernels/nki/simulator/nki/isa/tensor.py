@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from ... import cost_model, hardware
 from ... import machine as _machine
-from ...operands import bits, check, numbers, put, put_bits, tile
+from ...operands import bits, caution, check, numbers, put, put_bits, tile
 from ...tensor import NkiTensor
-from . import types
+from . import constants
 from .instruction import Busy, choose, instruction
 
 _WIDE_FLOATS = ("tfloat32", "float32")
@@ -28,13 +29,13 @@ def nc_matmul(
     accumulate: bool | None = None,
     tile_position: Sequence[int] = (),
     tile_size: Sequence[int] = (),
-    perf_mode: Any = types.matmul_perf_mode.none,
+    perf_mode: Any = constants.matmul_perf_mode.none,
     name: str | None = None,
 ) -> Busy:
     """``dst (+)= stationary.T @ moving``; contraction along the partitions (and a first free dimension of 2
     with ``double_row``), accumulation in fp32 in PSUM."""
     dst = tile("dst", dst, ("psum",))
-    double = perf_mode == types.matmul_perf_mode.double_row
+    double = perf_mode == constants.matmul_perf_mode.double_row
     here = _machine.current().target
     check(here.double_row or not double, "perf_mode", f"none on {here.generation}", perf_mode)
     floats = here.matmul_fp8 if double else (*here.matmul_fp8, "bfloat16", "float16", *_WIDE_FLOATS)
@@ -51,6 +52,7 @@ def nc_matmul(
     )  # fmt: skip
     check(not (is_transpose and double), "perf_mode", "none with is_transpose", perf_mode)
     columns, elements = _matmul_free(stationary, double), _matmul_free(moving, double)
+    _doubtful_patterns(stationary, moving, double)
     rows, width = _matmul_tiling(stationary, tile_position, tile_size, double)
     k = stationary.shape[0]
     check(moving.shape[0] == k, "moving", f"{k} partitions, as stationary", moving)
@@ -92,6 +94,37 @@ def _matmul_free(t: NkiTensor, double: bool) -> int:
     return t.free_size // 2
 
 
+def _doubtful_patterns(stationary: NkiTensor, moving: NkiTensor, double: bool) -> None:
+    """Warn of patterns that documents do not refuse and that are known or feared to compute something else.
+
+    A stationary of two free dimensions gave wrong products on Trn2 (public tests of another kernel say so).
+    With double_row every published kernel has the two halves of a pair apart, dense and an even number of
+    bytes from one another.
+    """
+    if not double:
+        steps = _free_steps(stationary)
+        if len(steps) > 1:
+            caution("stationary", "one free dimension of one stride (more gave wrong products on Trn2)",
+                    f"{stationary!r} of strides {steps}")  # fmt: skip
+        return
+    for name, t in (("stationary", stationary), ("moving", moving)):
+        pair, dense = t.strides[1], math.prod(t.shape[2:]) == 1 or _free_steps(t[:, 0])[-1:] == [1]
+        if pair == 1 or pair % 2 or not dense:
+            caution(name, "with double_row two dense halves, an even number of bytes apart",
+                    f"a pair stride of {pair} and the strides {t.strides[2:]}")  # fmt: skip
+
+
+def _free_steps(t: NkiTensor) -> list[int]:
+    """Strides of the free dimensions that are left when neighbours which continue one another are one."""
+    steps: list[tuple[int, int]] = []
+    for n, s in zip(t.shape[1:], t.strides[1:], strict=True):
+        if n > 1:
+            if steps and steps[-1][1] == n * s:
+                steps.pop()
+            steps.append((n, s))
+    return [s for _, s in steps]
+
+
 def _matmul_tiling(stationary: NkiTensor, position: Any, size: Any, double: bool) -> tuple[int, int]:
     """Rows and columns of the PE array this matmul may use."""
     check(bool(position) == bool(size), "tile_position, tile_size", "both or neither", (position, size))
@@ -116,28 +149,30 @@ def _inside_bank(dst: NkiTensor) -> None:
 def _accumulate_psum(dst: NkiTensor, product: np.ndarray, accumulate: bool | None) -> None:
     """Overwrite or add to PSUM, where None adds to what a matmul wrote and overwrites what nothing wrote.
 
-    Adding to a location that was never written, or last by something else than a matmul, is undefined.
+    Adding to a location that was never written is an error. One that something else than a matmul wrote last
+    is undefined on the hardware before NeuronCore-v4: a warning, since kernels of AWS start from a memset.
     """
     memory, where = dst.storage.memory, dst.where()
     if memory.matmul is None:
         memory.matmul = np.zeros(memory.data.nbytes, np.uint8)
     started = where.of(memory.matmul)
     fits = bool(started.all()) if accumulate else where.count - memory.unwritten(where) == started.sum()
-    check(
-        fits or accumulate is False, "accumulate",
-        "False for the first matmul into a PSUM location (one that nothing else has written since)",
-        "True" if accumulate else "None on a location that something else wrote",
-    )  # fmt: skip
-    if accumulate or (accumulate is None and started.any()):
+    if not fits and accumulate is not False:
+        expected = "False for the first matmul into a PSUM location (one that nothing else has written since)"
+        got = "True" if accumulate else "None on a location that something else wrote"
+        check(not (accumulate and memory.unwritten(where)), "accumulate", expected, got)
+        caution("accumulate", expected, got)
+    if accumulate or (accumulate is None and memory.unwritten(where) < where.count):
+        exists = memory.written(where)
         old = dst.array().astype(np.float32)
-        product = product + np.where(started.all(-1), old, np.float32(0)).reshape(product.shape)
+        product = product + np.where(exists.all(-1), old, np.float32(0)).reshape(product.shape)
     put(dst, product)
     where.of(memory.matmul)[...] = 1
 
 
 @instruction(engine="tensor")
 def nc_transpose(
-    dst: NkiTensor, data: NkiTensor, engine: Any = types.engine.unknown, name: str | None = None
+    dst: NkiTensor, data: NkiTensor, engine: Any = constants.engine.unknown, name: str | None = None
 ) -> Busy:
     """``dst = data.T``, partitions against flattened free dimensions; bit-accurate."""
     check(isinstance(dst, NkiTensor), "dst", "a tensor", dst)

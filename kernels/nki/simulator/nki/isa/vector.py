@@ -22,37 +22,9 @@ from ...operands import (
     tile,
 )
 from ...tensor import NkiTensor
-from . import types
+from . import constants
 from .accumulators import accumulate
 from .instruction import Busy, choose, instruction
-
-
-@instruction(engine=("vector", "gpsimd"))
-def memset(dst: NkiTensor, value: Any, engine: Any = types.engine.unknown, name: str | None = None) -> Busy:
-    """Fill `dst` with a constant."""
-    dst = tile("dst", dst)
-    check(isinstance(value, (int, float, np.number)), "value", "a constant", value)
-    dtype = dtypes.NUMPY[dst.dtype]
-    if dst.dtype in dtypes.INTEGERS:
-        limits = np.iinfo(dtype)
-        fits = limits.min <= value <= limits.max and value == int(value)
-        check(fits, "value", f"a whole number of {dst.dtype}", value)
-    put_bits(dst, np.full((), value).astype(dtype))
-    return Busy(cost_model.memset_cycles(engine, dst, value), (dst,))
-
-
-@instruction(engine=("vector", "scalar", "gpsimd"))
-def tensor_copy(
-    dst: NkiTensor, src: NkiTensor, engine: Any = types.engine.unknown, name: str | None = None
-) -> Busy:
-    """``dst = src`` on chip; bit-accurate where the dtypes are the same."""
-    dst, src = tile("dst", dst), tile("src", src)
-    same_partitions(dst, src=src)
-    if dst.dtype == src.dtype:
-        put_bits(dst, bits("src", src))
-    else:
-        put(dst, numbers("src", src))
-    return Busy(cost_model.copy_cycles(engine, dst, src), (dst, src))
 
 
 @instruction(engine="vector")
@@ -61,7 +33,7 @@ def tensor_tensor(
     data1: NkiTensor,
     data2: NkiTensor,
     op: Any,
-    engine: Any = types.engine.unknown,
+    engine: Any = constants.engine.unknown,
     name: str | None = None,
 ) -> Busy:
     """``dst = data1 <op> data2``."""
@@ -112,7 +84,7 @@ def tensor_scalar(
     op1: Any = None,
     operand1: Any = None,
     reverse1: bool = False,
-    engine: Any = types.engine.unknown,
+    engine: Any = constants.engine.unknown,
     name: str | None = None,
 ) -> Busy:
     """``dst = (data <op0> operand0) <op1> operand1``, operands constant or one value per partition."""
@@ -241,7 +213,7 @@ def tensor_scalar_reduce(
     reduce_op: Any,
     reduce_res: NkiTensor | None = None,
     reverse0: bool = False,
-    reduce_cmd: Any = types.reduce_cmd.reset_reduce,
+    reduce_cmd: Any = constants.reduce_cmd.reset_reduce,
     reduce_init: Any = None,
     reduce_res_negate: bool = False,
     name: str | None = None,
@@ -253,7 +225,7 @@ def tensor_scalar_reduce(
     dst, data = tile("dst", dst), tile("data", data)
     same_partitions(dst, data=data)
     values = _compute(first, numbers("data", data), _operand("operand0", first, operand0, data))
-    total = accumulate(by, values, reduce_cmd, reduce_init)
+    total = accumulate(by, values, reduce_cmd, reduce_init, read_out=reduce_res is not None)
     put(dst, values)
     if reduce_res is not None:
         reduce_res = column("reduce_res", reduce_res, data.shape[0])
@@ -303,67 +275,38 @@ def reciprocal(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> Busy
 
 
 @instruction(engine="vector")
-def tensor_copy_predicated(
-    dst: NkiTensor,
-    src: Any,
-    predicate: NkiTensor,
-    reverse_pred: bool = False,
-    name: str | None = None,
-) -> Busy:
-    """Copy the elements of `src`, a tile or a constant, to `dst` where `predicate` holds."""
-    dst = tile("dst", dst)
-    predicate = tile("predicate", predicate, dtype=("uint8", "uint16", "uint32"))
-    same_partitions(dst, predicate=predicate)
-    chosen = (bits("predicate", predicate) != 0) != reverse_pred
-    if isinstance(src, NkiTensor):
-        src = tile("src", src, dtype=(dst.dtype,))
-        same_partitions(dst, src=src)
-        both = src.buffer == predicate.buffer == "psum"
-        check(not both, "src, predicate", "at most one of them in PSUM", "both in PSUM")
-        values: Any = bits("src", src)
-    else:
-        values = dtypes.from_float32(np.asarray(src, np.float32), dst.dtype)
-    if chosen.all():
-        old: Any = values
-    else:  # the elements left alone are read too: they must exist
-        old = bits("dst", dst)
-    put_bits(dst, np.where(chosen, values, old))
-    streamed = src if isinstance(src, NkiTensor) else dst
-    busy = cost_model.two_input_cycles(dst, streamed, predicate)
-    return Busy(busy, (dst, src, predicate))
+def bn_stats(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> Busy:
+    """Count, mean and count times variance of the even elements, then of the odd ones: ``[P, 6]``."""
+    dst, data = tile("dst", dst), tile("data", data)
+    limit = hardware.BN_STATS_FREE
+    check(data.free_size <= limit, "data", f"at most {limit} elements per partition", data)
+    _statistics(dst, data, 6)
+    values = numbers("data", data)
+    parts = []
+    with np.errstate(all="ignore"):
+        for half in (values[:, 0::2], values[:, 1::2]):
+            n = half.shape[1]
+            mean = half.sum(1, keepdims=True) / np.float32(max(n, 1))
+            parts += [np.full_like(mean, n), mean, np.square(half - mean).sum(1, keepdims=True)]
+    put(dst, np.concatenate(parts, axis=1))
+    return Busy(cost_model.cycles(data.free_size, data), (dst, data))
 
 
 @instruction(engine="vector")
-def select_reduce(
-    dst: NkiTensor,
-    predicate: NkiTensor,
-    on_true: NkiTensor,
-    on_false: Any,
-    reduce_res: NkiTensor | None = None,
-    reduce_cmd: Any = types.reduce_cmd.idle,
-    reduce_op: Any = None,
-    reverse_pred: bool = False,
-    name: str | None = None,
-) -> Busy:
-    """``dst = where(predicate, on_true, on_false)`` and on request its maximum over the free dimensions."""
-    dst = tile("dst", dst)
-    predicate = tile("predicate", predicate, dtype=("int8", "uint8", "int16", "uint16"))
-    allowed = tuple(n for n in dtypes.NUMPY if n not in ("tfloat32", "int32", "uint32"))
-    on_true = tile("on_true", on_true, dtype=allowed)
-    same_partitions(dst, predicate=predicate, on_true=on_true)
-    both = on_true.buffer == predicate.buffer == "psum"
-    check(not both, "on_true, predicate", "at most one of them in PSUM", "both in PSUM")
-    if reduce_op is not None:
-        operator("reduce_op", reduce_op, {"maximum": 0})
-    chosen = (bits("predicate", predicate) != 0) != reverse_pred
-    otherwise = scalar("on_false", on_false, dst.shape[0])
-    values = np.where(chosen, numbers("on_true", on_true), otherwise)
-    put(dst, values)
-    if reduce_cmd != types.reduce_cmd.idle:
-        total = accumulate("maximum", values, reduce_cmd)
-        if reduce_res is not None:
-            put(column("reduce_res", reduce_res, dst.shape[0]), total, "reduce_res")
-    else:
-        check(reduce_res is None, "reduce_cmd", "reset_reduce or reduce with reduce_res", reduce_cmd)
-    busy = cost_model.two_input_cycles(dst, predicate, on_true)
-    return Busy(busy, (dst, predicate, on_true, reduce_res))
+def bn_aggr(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> Busy:
+    """Mean and variance ``[P, 2]`` from the triples that :func:`bn_stats` made."""
+    dst, data = tile("dst", dst), tile("data", data)
+    check(data.free_size % 3 == 0, "data", "triples (count, mean, variance * count)", data)
+    _statistics(dst, data, 2)
+    count, mean, spread = numbers("data", data).reshape(data.shape[0], -1, 3).transpose(2, 0, 1)
+    with np.errstate(all="ignore"):
+        total = count.sum(1, keepdims=True)
+        whole = (count * mean).sum(1, keepdims=True) / total
+        variance = (spread + count * np.square(mean - whole)).sum(1, keepdims=True) / total
+    put(dst, np.concatenate([whole, variance], axis=1))
+    return Busy(cost_model.cycles(data.free_size, data), (dst, data))
+
+
+def _statistics(dst: NkiTensor, data: NkiTensor, elements: int) -> None:
+    fits = dst.shape[0] == data.shape[0] and dst.free_size == elements
+    check(fits, "dst", f"{data.shape[0]} partitions of {elements} elements", dst)

@@ -1,11 +1,10 @@
-"""Enumerations and small classes of ``nki.isa``."""
+"""Enumerations of ``nki.isa``, and which NeuronCore is simulated."""
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, IntEnum
 
 from ... import machine as _machine
-from ...tensor import NKIObject
 
 
 class engine(Enum):
@@ -57,8 +56,8 @@ class matmul_perf_mode(Enum):
     double_row = "double_row"
 
 
-class nc_version(Enum):
-    """NeuronCore generations."""
+class nc_version(IntEnum):
+    """NeuronCore generations, in order."""
 
     gen2 = 2
     gen3 = 3
@@ -70,17 +69,6 @@ class dma_engine(Enum):
 
     dma = 1
     gpsimd_dma = 2
-
-
-class NkiInstruction(NKIObject):
-    """What an instruction returns; instructions run in program order here."""
-
-    def depends_on(self, *producers: NkiInstruction) -> NkiInstruction:
-        """Order this one after `producers`: always so here."""
-        return self
-
-
-DONE = NkiInstruction()
 
 
 def get_nc_version() -> nc_version:
