@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.engine  # builds a wheel
 ROOT = Path(__file__).parents[1]
 MAPPED = {
     "vllm_neuron_rmsq": "vllm_neuron_rmsq",

@@ -50,6 +50,7 @@ def test_a_path_that_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.engine
 def test_what_vllm_cannot_load_shows_the_end_of_its_log(tmp_path):
     side = Side(tmp_path, {}, tmp_path / "vllm.log")
     with pytest.raises(CommandError, match=r"(?s)vLLM stopped; the end of its log .*vllm.log:\n.*Error"):

@@ -40,12 +40,14 @@ def stopped_half_way(source: Path, out: Path, signal_number: int) -> int:
     return done.returncode
 
 
+@pytest.mark.engine
 def test_terminated_half_way_leaves_nothing(tmp_path):
     source = write_llama(tmp_path / "bf16", shards=3)
     assert stopped_half_way(source, tmp_path / "fp8", signal.SIGTERM) == 143
     assert [p.name for p in tmp_path.iterdir()] == ["bf16"]
 
 
+@pytest.mark.engine
 def test_killed_half_way_leaves_no_checkpoint(tmp_path):
     """What nobody can clean up after: the directory is not there, so nothing can mistake it for complete."""
     source = write_llama(tmp_path / "bf16", shards=3)
@@ -70,6 +72,7 @@ def test_command_line(tmp_path):
     assert CliRunner().invoke(app, ["quantize", "a", "b", "--target", "trn1"]).exit_code == 2
 
 
+@pytest.mark.engine
 def test_command_line_shows_errors_in_one_line(tmp_path):
     missing = tmp_path / "nothing"
     program = "from vllm_neuron_rmsq.cli import main; main()"

@@ -57,6 +57,7 @@ def stock(start):
     return answer
 
 
+@pytest.mark.engine
 def test_this_vllm_has_everything(start):
     assert versions.missing() == []
     answer = start("none")
@@ -65,6 +66,7 @@ def test_this_vllm_has_everything(start):
     assert answer["report"].startswith("4 of 5 RMSNorm layers fused (backend ")
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", MISSING)
 def test_a_vllm_without_a_name_starts_stock_with_one_warning(name, start, stock):
     answer = start("missing", name)
@@ -74,6 +76,7 @@ def test_a_vllm_without_a_name_starts_stock_with_one_warning(name, start, stock)
     assert answer == {key: value for key, value in stock.items() if key != "warnings"}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", CALLED)
 def test_a_vllm_that_is_called_differently_starts_stock_with_one_warning(name, start, stock):
     answer = start("called", name)
@@ -82,6 +85,7 @@ def test_a_vllm_that_is_called_differently_starts_stock_with_one_warning(name, s
     assert answer == {key: value for key, value in stock.items() if key != "warnings"}
 
 
+@pytest.mark.engine
 def test_a_norm_that_another_plugin_replaced_is_left_in_place(start):
     answer = start("foreign")
     (warning,) = answer["warnings"]

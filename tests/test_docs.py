@@ -1,0 +1,54 @@
+"""The pages link to what is there, and the issue forms ask for what is needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SKIP = {".venv", ".cache", "build", "node_modules", "vllm_neuron_rmsq"}
+PAGES = sorted(
+    page
+    for page in ROOT.rglob("*.md")
+    if not any(part in SKIP or part.startswith(".") for part in page.relative_to(ROOT).parts)
+)
+FORMS = sorted(path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target} is not there"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, (
+            f"docs/README.md does not list {page.name}"
+        )
+    assert "docs/README.md" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_issue_forms_ask_for_the_output_of_check(form):
+    fields = yaml.safe_load(form.read_text())["body"]
+    (check,) = (field for field in fields if field.get("id") == "check")
+    assert "vllm-neuron-rmsq check" in check["attributes"]["label"]
+    assert check["validations"]["required"] is True
+
+
+def test_make_targets_named_in_the_pages_are_there():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    targets = {line.split()[1] for line in done.stdout.splitlines()}
+    for page in PAGES:
+        named = re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", page.read_text(), flags=re.MULTILINE)
+        assert {a or b for a, b in named} <= targets, page
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert set(workflow["jobs"]["make"]["strategy"]["matrix"]["command"]) == {"demo", "test"} <= targets
