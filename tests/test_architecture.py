@@ -87,6 +87,10 @@ def test_no_import_goes_upward_or_to_a_neighbour():
     assert upward == UPWARD, "docs/architecture.md lists an upward import that is gone"
 
 
+def test_every_room_of_the_table_is_there():
+    assert {room(path) for path in SOURCES} == set(LEVEL)
+
+
 def test_only_the_integrations_and_the_commands_import_vllm():
     found = {
         path

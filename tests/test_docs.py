@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vllm_neuron_rmsq import settings
+
 ROOT = Path(__file__).parents[1]
 SKIP = {".venv", ".cache", "build", "node_modules", "vllm_neuron_rmsq"}
 PAGES = sorted(
@@ -52,3 +54,11 @@ def test_make_targets_named_in_the_pages_are_there():
         assert {a or b for a, b in named} <= targets, page
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert set(workflow["jobs"]["make"]["strategy"]["matrix"]["command"]) == {"demo", "test"} <= targets
+
+
+def test_every_setting_and_its_values_are_in_the_examples():
+    rows = (ROOT / "examples/serve.md").read_text().partition("## Settings")[2].splitlines()
+    for key, values in settings.choices().items():
+        (row,) = (row for row in rows if row.startswith(f"| `{settings.PREFIX}{key.upper()}` | `{key}` |"))
+        assert not {f"`{value}`" for value in values} - set(re.findall(r"`[^`]+`", row)), row
+        assert f"`{values[0]}` (default)" in row

@@ -31,9 +31,8 @@ class Settings:
             attention, weights dequantized while loading), ``fp8-prefill`` QKV in prefill and the output
             projection, ``fp8`` QKV in decode as well.
         gather: on vLLM Neuron, what the ranks gather in prefill: packed rows as ``uint8``, or as views of
-        them
-            as ``float8`` or ``int32``, should a compiler not gather bytes, or ``bf16``, rows before they are
-            quantized, at twice the bytes.
+            them as ``float8`` or ``int32``, should a compiler not gather bytes, or ``bf16``, rows before they
+            are quantized, at twice the bytes.
     """
 
     backend: str = "auto"
