@@ -20,7 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("vllm_neuron_rmsq/kernels/cpu")
-KERNELS = ("rms_norm_quant.cpp", "packed_fp8_linear.cpp")
+KERNELS = ("rms_norm_quant.cpp", "packed_fp8_linear.cpp", "silu_mul_quant.cpp")
 """Compiled once for each instruction-set level; the other sources once."""
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

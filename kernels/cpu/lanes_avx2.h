@@ -35,6 +35,19 @@ inline __m256 clip(__m256 x, __m256 limit) {
 }
 inline Lanes clip(Lanes x, Lanes limit) { return {{clip(x.v[0], limit.v[0]), clip(x.v[1], limit.v[1])}}; }
 
+inline Lanes clamp(Lanes x, Lanes low, Lanes high) {
+    return {
+        {_mm256_max_ps(_mm256_min_ps(x.v[0], high.v[0]), low.v[0]),
+         _mm256_max_ps(_mm256_min_ps(x.v[1], high.v[1]), low.v[1])}};
+}
+
+inline __m256 low_bits_to_exponent(__m256 x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+}
+inline Lanes low_bits_to_exponent(Lanes x) {
+    return {{low_bits_to_exponent(x.v[0]), low_bits_to_exponent(x.v[1])}};
+}
+
 inline __m256 peak(__m256 x, __m256 y) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(kMagnitudeBits));
     return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), magnitude));

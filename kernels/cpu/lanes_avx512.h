@@ -24,6 +24,14 @@ inline Lanes clip(Lanes x, Lanes limit) {
     return {_mm512_max_ps(_mm512_min_ps(x.v, limit.v), low)};
 }
 
+inline Lanes clamp(Lanes x, Lanes low, Lanes high) {
+    return {_mm512_max_ps(_mm512_min_ps(x.v, high.v), low.v)};
+}
+
+inline Lanes low_bits_to_exponent(Lanes x) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
+}
+
 inline Lanes peak(Lanes x, Lanes y) {
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(y.v), _mm512_set1_epi32(kMagnitudeBits));
     return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(x.v), magnitude))};

@@ -44,6 +44,17 @@ inline Lanes clip(Lanes x, Lanes limit) {
     });
 }
 
+inline Lanes clamp(Lanes x, Lanes low, Lanes high) {
+    return each([&](int i) {
+        const float below = x.v[i] < high.v[i] ? x.v[i] : high.v[i];
+        return below > low.v[i] ? below : low.v[i];
+    });
+}
+
+inline Lanes low_bits_to_exponent(Lanes x) {
+    return each([&](int i) { return as_float(as_bits(x.v[i]) << 23); });
+}
+
 inline Lanes peak(Lanes x, Lanes y) {
     return each([&](int i) {
         const int32_t magnitude = static_cast<int32_t>(as_bits(y.v[i]) & kMagnitudeBits);

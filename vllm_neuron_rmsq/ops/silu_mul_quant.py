@@ -42,12 +42,25 @@ def silu_mul_quant(
         BackendUnavailableError: the backend cannot run here.
     """
     name = dispatch.backend(backend, "cpu" if gate_up.is_cpu else gate_up.device.type)
-    reference.check_silu_mul_quant(gate_up, static_scale)
+    # The native op checks its arguments in less time, but never sees those of another device.
+    op_checks = (
+        name == "cpu"
+        and gate_up.is_cpu
+        and (not isinstance(static_scale, Tensor) or static_scale.is_cpu)
+        and not torch.compiler.is_compiling()
+    )
+    if not op_checks:
+        reference.check_silu_mul_quant(gate_up, static_scale)
     scale = dispatch.scale_tensor(static_scale, gate_up)
     limit = dispatch.fp8_max(target)
     if torch.compiler.is_compiling() and dispatch.traced(name):
         return _compute(dispatch.functions(name), gate_up, scale, limit)
-    return _OP.overloads[name](gate_up, scale, limit)
+    try:
+        return _OP.overloads[name](gate_up, scale, limit)
+    except ValueError:
+        # Says the same, and what came.
+        reference.check_silu_mul_quant(gate_up, static_scale)
+        raise
 
 
 def _compute(functions: Functions, gate_up: Tensor, static_scale: Tensor | None, fp8_max: float) -> Tensor:

@@ -1,0 +1,99 @@
+// SiLU of the gate times up + FP8 quantization, one row at a time: one read of gate and up, one write of the
+// packed row. The numbers are those of vllm_neuron_rmsq/reference.py:
+//
+//     y     = gate / (1 + exp(-gate)) * up
+//     scale = max(max|y| / R, 1e-6)
+//     code  = to_fp8_nearest_even(clip(y / scale, ±R))
+//
+// One sweep over the row finds max|y| and leaves y in a buffer that stays in the cache, a second one over
+// that buffer writes the codes (quantize.h).
+#include "silu_mul_quant.h"
+
+#include "quantize.h"
+
+namespace rmsq {
+namespace RMSQ_ISA {
+namespace {
+
+// 2 exp(-r) for |r| <= ln(2)/2 as a polynomial, from the constant on: the one of degree 6 whose largest
+// relative error is least (Remez' algorithm, in 50 digits), 2^-29; 2^-25.8 with its coefficients rounded to
+// fp32.
+constexpr float kTwiceExp[] = {2.0f,           -2.0f,           0x1.fffffap-1f, -0x1.55540ap-2f,
+                               0x1.55589ap-4f, -0x1.126d0cp-6f, 0x1.6ab980p-9f};
+
+// gate / (1 + exp(-gate)). The relative error is below 2^-22.4, of which every fp32 gate was tried; below
+// -88.73, where exp(-gate) leaves fp32, the result is 0, as the formula has it.
+//
+// Let n be -gate / ln(2) rounded to a whole number and r = gate + n ln(2), taken in two steps because one
+// fp32 ln(2) is too coarse: exp(-gate) = 2^n exp(-r) = 2^(n-1) * 2 exp(-r). Adding 1.5 * 2^23 rounds to a
+// whole number; 126 more and the sum's low bits are the exponent of 2^(n-1). That is why the polynomial is
+// twice exp: n - 1 stays within the normal exponents even where the result overflows.
+inline Lanes silu(Lanes gate) {
+    constexpr float kRound = 0x1.8p23f + 126;
+    constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.62e430p-1f, kLn2Low = -0x1.05c610p-29f;
+    // Beyond these exp(-gate) is Inf, or nothing beside 1.
+    const Lanes x = clamp(gate, splat(-89), splat(86));
+    const Lanes rounded = fma(x, splat(-kLog2E), splat(kRound));
+    const Lanes n = rounded + splat(-kRound);
+    const Lanes r = fma(n, splat(kLn2Low), fma(n, splat(kLn2High), x));
+    Lanes twice_exp = splat(kTwiceExp[6]);
+    for (int i = 5; i >= 0; --i) twice_exp = fma(twice_exp, r, splat(kTwiceExp[i]));
+    return gate / fma(twice_exp, low_bits_to_exponent(rounded), splat(1));
+}
+
+// The one sweep over the row's memory: y into `buffer`. Returns max|y|, NaN if one was.
+template <Dtype D> float sweep(const char* gate, const char* up, int64_t I, float* buffer) {
+    Lanes peak_a = splat(0), peak_b = splat(0);
+    const auto step = [&](const char* gate, const char* up, float* y) {
+        const Pair g = load_pair<D>(gate), u = load_pair<D>(up);
+        const Lanes a = silu(g.a) * u.a, b = silu(g.b) * u.b;
+        peak_a = peak(peak_a, a);
+        peak_b = peak(peak_b, b);
+        store(y, a);
+        store(y + 16, b);
+    };
+    constexpr int64_t kPairBytes = kPair * kBytes<D>;
+    const int64_t whole = I / kPair;
+    for (int64_t i = 0; i < whole; ++i) step(gate + i * kPairBytes, up + i * kPairBytes, buffer + i * kPair);
+    if (whole * kPair < I) {
+        // Filled up with zeros, which do not change a peak.
+        char last_gate[kPairBytes] = {0}, last_up[kPairBytes] = {0};
+        const size_t bytes = static_cast<size_t>((I - whole * kPair) * kBytes<D>);
+        memcpy(last_gate, gate + whole * kPairBytes, bytes);
+        memcpy(last_up, up + whole * kPairBytes, bytes);
+        step(last_gate, last_up, buffer + whole * kPair);
+    }
+    return largest(peak_a, peak_b);
+}
+
+template <Dtype D> void quantize_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* buffer) {
+    const bool dynamic = !(work.static_scale > 0);
+    const int64_t I = work.I, out_bytes = I + (dynamic ? kScaleBytes : 0);
+    for (int64_t index = begin; index < end; ++index) {
+        const char* gate = work.gate_up + index * work.gate_up_stride;
+        uint8_t* out = work.out + index * out_bytes;
+        const float peak = sweep<D>(gate, gate + I * kBytes<D>, I, buffer);
+        float scale = peak / work.fp8_max;
+        if (dynamic && product_is_exact(peak, scale)) {
+            quantize_by_product<D>(out, I, work.fp8_max, peak, buffer);
+        } else if (is_finite(peak)) {
+            scale = quantize_by_division<D>(out, I, work.fp8_max, peak, kLargest, work.static_scale, buffer);
+        } else {
+            scale = write_invalid_row(out, I, !dynamic);
+        }
+        if (dynamic) memcpy(out + I, &scale, kScaleBytes);
+    }
+}
+
+}  // namespace
+
+void silu_mul_quant_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* scratch) {
+    switch (work.dtype) {
+        case Dtype::bf16: return quantize_rows<Dtype::bf16>(work, begin, end, scratch);
+        case Dtype::fp16: return quantize_rows<Dtype::fp16>(work, begin, end, scratch);
+        case Dtype::fp32: return quantize_rows<Dtype::fp32>(work, begin, end, scratch);
+    }
+}
+
+}  // namespace RMSQ_ISA
+}  // namespace rmsq
