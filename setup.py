@@ -72,6 +72,15 @@ def find_torch() -> Path:
     return torch
 
 
+def run(command, **_):
+    """Run the compiler or linker; raises its first error, where ``Compiler.spawn`` raises a number."""
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        raise NotBuilt(errors[0] if errors else f"{command[0]!r} failed with exit code {done.returncode}")
+
+
 class BuildKernels(build_ext):
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"
@@ -93,6 +102,7 @@ class BuildKernels(build_ext):
         if sys.platform != "linux":
             raise NotBuilt(f"they are built on Linux only, not on {sys.platform}")
         torch = find_torch()
+        self.compiler.spawn = run
         jobs: list[tuple[Path, str, list[str], tuple[str, str], list[str]]] = []
         for source in sorted(SOURCES.glob("*.cpp")):
             if source.name in KERNELS:

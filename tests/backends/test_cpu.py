@@ -98,6 +98,7 @@ def test_level_the_machine_lacks():
     [
         ({"CC": "false", "CXX": "false"}, "false' failed with exit code 1"),
         ({"CC": "no-such-compiler", "CXX": "no-such-compiler"}, "no-such-compiler"),
+        ({"CXXFLAGS": "-include no-such-header.h"}, "fatal error: no-such-header.h: No such file"),
     ],
 )
 def test_a_failing_build_installs_the_reason(environment, reason, tmp_path):
