@@ -10,8 +10,10 @@ sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 cp -R setup.py pyproject.toml kernels vllm_neuron_rmsq tests "$build"
 cd "$build"
-CFLAGS="$sanitizers -O1" LDFLAGS="$sanitizers" "$python" setup.py --quiet build_ext --inplace
+CXXFLAGS="$sanitizers -O1" LDFLAGS="$sanitizers" "$python" setup.py --quiet build_ext --inplace
 test -f vllm_neuron_rmsq/_cpu_kernels.so || { cat vllm_neuron_rmsq/_cpu_kernels.txt; exit 1; }
+# Which variable holds the flags depends on setuptools: a library without the checks would pass all tests.
+grep -q __asan_report vllm_neuron_rmsq/_cpu_kernels.so || { echo "error: built without sanitizers"; exit 1; }
 
 # Python itself was built without sanitizers: theirs must be loaded first, and what it never frees is not ours.
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
