@@ -211,7 +211,7 @@ class Storage:
         if self.address is None:
             return ""
         owners = self._arena.owner[self._arena.cells(where)]
-        foreign = owners[owners != self._token]
+        foreign = owners[(owners != self._token) & (owners != 0)]
         return self._arena.labels[foreign.flat[0]] if foreign.size else ""
 
 

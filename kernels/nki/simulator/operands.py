@@ -13,7 +13,7 @@ import numpy as np
 from . import dtypes, errors, hardware
 from . import machine as _machine
 from .ops import ACTIVATION, Operator
-from .tensor import NkiTensor, VirtualRegister
+from .tensor import Indirect, NkiTensor, VirtualRegister
 
 ON_CHIP = ("sbuf", "psum")
 DMA_MEMORY = ("sbuf", "private_hbm", "shared_hbm")
@@ -68,16 +68,26 @@ def tile(
     return t
 
 
+def out_of_bounds(operand: str, t: Any) -> bool:
+    """Whether `t` is addressed by one run-time index, and that lies outside of its dimension."""
+    if not isinstance(t, NkiTensor) or t._indirect is None or t._indirect.vector:
+        return False
+    return not 0 <= _index(operand, t._indirect) < t._indirect.extent
+
+
+def _index(operand: str, indirect: Indirect) -> int:
+    if isinstance(indirect.index, VirtualRegister):
+        return indirect.index.read()
+    return int(read(f"{operand}'s index", indirect.index).reshape(-1)[0])
+
+
 def _resolve(operand: str, t: NkiTensor) -> NkiTensor:
     indirect = t._indirect
     assert indirect is not None
-    if isinstance(indirect.index, VirtualRegister):
-        index = indirect.index.read()
-    else:
-        index = int(read(f"{operand}'s index", indirect.index).reshape(-1)[0])
+    index = _index(operand, indirect)
     direct = NkiTensor(
         t.shape, t.dtype, t.storage, t.buffer, t.name,
-        strides=t.strides, offset=t.offset + index * indirect.stride, base_shape=t.base_shape,
+        strides=t.strides, offset=t.offset + index * indirect.stride,
     )  # fmt: skip
     check(0 <= index < indirect.extent, operand, f"an index below {indirect.extent}", index)
     direct._inside(_running())

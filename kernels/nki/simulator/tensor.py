@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,18 @@ class NKIObject:
     """Base class of the classes a kernel may use; a class without ``__init__`` takes its annotated fields.
 
     As the language guide has it ("Class Support"): in the order of the annotations, by place or by name, None
-    where a field has no default; then ``__post_init__`` is called.
+    where a field has no default; then ``__post_init__`` is called. NKI's compiler takes attributes without an
+    annotation for fields too, also under ``@dataclass``: here they get one.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fields = inspect.get_annotations(cls)
+        for name, value in list(vars(cls).items()):
+            plain = value is None or isinstance(value, (bool, int, float, str, tuple, Enum))
+            if plain and name not in fields and not name.startswith("__"):
+                fields[name] = Any
+        cls.__annotations__ = fields
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names: list[str] = []
@@ -97,7 +108,6 @@ class NkiTensor(NKIObject):
         strides: Sequence[int] | None = None,
         offset: int = 0,
         indirect: Indirect | None = None,
-        base_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.shape = tuple(int(n) for n in shape)
         self.dtype = dtype
@@ -106,7 +116,6 @@ class NkiTensor(NKIObject):
         self.storage = storage
         self.offset = offset
         self.strides = tuple(strides) if strides is not None else _row_major(self.shape)
-        self.base_shape = base_shape or self.shape
         self._indirect = indirect
         self._where: Where | None = None
 
@@ -152,7 +161,10 @@ class NkiTensor(NKIObject):
         return f"<{label}{self.buffer} {self.dtype}{list(self.shape)}>"
 
     def __bool__(self) -> bool:
-        raise TypeError("a tensor's elements are not known while the kernel is traced: no `if tensor`")
+        """True: there is a tensor. What it holds is not known while the kernel is traced."""
+        got = "`if tensor`, which is always true"
+        _machine.current().caution("a kernel", repr(self), "`tensor != None`", got)
+        return True
 
     def is_contiguous(self) -> bool:
         """Whether elements are dense and row-major (per partition, on chip)."""
@@ -184,7 +196,6 @@ class NkiTensor(NKIObject):
             strides=strides,
             offset=self.offset if offset is None else offset,
             indirect=self._indirect,
-            base_shape=self.base_shape,
         )
 
     def __getitem__(self, key: Any) -> NkiTensor:
@@ -371,7 +382,6 @@ class NkiTensor(NKIObject):
             self.name,
             strides=(*(c // new for c in counts[2:]), last),
             offset=counts[1] // new,
-            base_shape=(*self.base_shape[:-1], self.base_shape[-1] * old // new),
         )
 
     reinterpret_cast = view
@@ -401,12 +411,11 @@ class NkiTensor(NKIObject):
             )
         result = NkiTensor(
             shape, name, self.storage, self.buffer, self.name, strides=strides, offset=start,
-            base_shape=self.base_shape,
         )  # fmt: skip
         indirect = scalar_offset if scalar_offset is not None else vector_offset
         if indirect is not None:
-            step = math.prod(self.base_shape[indirect_dim + 1 :])
-            extent = self.base_shape[indirect_dim]
+            step = self.strides[indirect_dim] * self.itemsize // size
+            extent = self.shape[indirect_dim]
             result._indirect = Indirect(indirect, step, extent, vector_offset is not None)
         else:
             result._inside("ap")
@@ -489,9 +498,12 @@ class NkiTensor(NKIObject):
 
     def write(self, instruction: str, operand: str, values: np.ndarray) -> None:
         """Put `values`, already of this dtype (or one of it for all), into the elements."""
-        if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
-            fail(instruction, operand, "a destination without a broadcast dimension", self.get_pattern())
         where, memory, here = self.where(), self.storage.memory, _machine.current()
+        if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
+            expected, got = "a destination without a broadcast dimension", self.get_pattern()
+            if not self.on_chip:
+                fail(instruction, operand, expected, got)
+            here.caution(instruction, operand, expected, got)  # AWS's kernels throw results away like that
         target = self.array()
         new = np.broadcast_to(values.reshape(target.shape) if values.ndim else values, target.shape)
         try:

@@ -79,3 +79,24 @@ def test_memset_and_tensor_copy():
     y = normal(128, 8)
     got = run(lambda d, a: nisa.tensor_copy(d, a, engine=nisa.engine.scalar), y.shape, nl.float8_e4m3, y)
     np.testing.assert_array_equal(got.view(np.uint8), y.astype(F8).view(np.uint8))
+
+
+def test_a_run_time_index_scales_with_the_view_it_is_taken_on_and_may_be_skipped_beyond_it():
+    x = np.arange(40, dtype=np.float32).reshape(4, 10)
+
+    def kernel(data, index, oob):
+        out = nl.zeros((1, 3), nl.float32, nl.shared_hbm)
+        flat = data.reshape((40,))
+        place = nl.ndarray((1, 1), nl.int32)
+        nisa.memset(place, index)
+        tile = sbuf((1, 3), value=-1)
+        part = flat.ap([[1, 1], [1, 3]], scalar_offset=place, indirect_dim=0)
+        nisa.dma_copy(tile, part, oob_mode=oob)
+        nl.store(out, tile)
+        return out
+
+    np.testing.assert_array_equal(simulate(kernel)(x, 17, nisa.oob_mode.error), [[17, 18, 19]])
+    for outside in (-1000, 40):
+        np.testing.assert_array_equal(simulate(kernel)(x, outside, nisa.oob_mode.skip), [[-1, -1, -1]])
+        with pytest.raises(NkiSimulationError, match="an index below 40"):
+            simulate(kernel)(x, outside, nisa.oob_mode.error)

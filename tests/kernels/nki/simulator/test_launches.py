@@ -102,6 +102,15 @@ def test_two_programs_may_write_the_same_bytes():
     np.testing.assert_array_equal(simulate(both, 2)(x), x)
 
 
+def test_programs_may_return_an_argument_that_both_wrote():
+    def halves(x):
+        me, rows = nl.program_id(), x.shape[0] // 2
+        nl.store(x[nl.ds(me * rows, rows)], sbuf((rows, x.shape[1]), value=me))
+        return x
+
+    assert simulate(halves, 2)(normal(4, 2)).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
 def test_sendrecv_exchanges_tiles_between_two_programs():
     def swap(x, wrong_rank, gpsimd):
         out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
@@ -243,6 +252,16 @@ def test_an_object_without_init_takes_its_annotated_fields():
     for wrong in (lambda: Bare(1, 2, 3, 4), lambda: Bare(1, rows=1), lambda: Bare(none=1)):
         with pytest.raises(TypeError, match="Bare takes rows, factor, sum"):
             wrong()
+
+
+@dataclass
+class Untyped(nl.NKIObject):
+    rows = None
+    factor: float = 2.0
+
+
+def test_attributes_without_annotation_are_fields_too():
+    assert (Untyped(rows=3).rows, Untyped().factor) == (3, 2.0)
 
 
 def test_versions_are_in_order_and_constants_have_a_module():

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from nki_simulated import body, breaks, doubled, nisa, nki, nl, normal, psum, sbuf
+from nki_simulated import body, breaks, nisa, nki, nl, normal, psum, sbuf
 
 from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationError, NkiSimulationWarning, simulate
 
@@ -66,7 +66,6 @@ BROKEN = {
         "strides up to 32767 elements",
         lambda: nisa.memset(sbuf((1, 2, 32768), dtype=nl.int8, value=None)[:, :, 0:1], 0),
     ),
-    "kernel in a kernel": ("to have no decorator, got a kernel", lambda: doubled(None)),
     "DMA from PSUM": (
         "dma_copy: src: expected a tensor in sbuf or",
         lambda: nisa.dma_copy(sbuf((1, 1)), psum((1, 1))),
@@ -342,9 +341,9 @@ BROKEN = {
         lambda: nisa.tensor_copy_predicated(sbuf((4, 4)), sbuf((4, 4)), sbuf((4, 4))),
     ),
     "iota pattern": ("counts whose product is 4", lambda: nisa.iota(sbuf((4, 4)), [[1, 5]])),
-    "broadcast destination": (
+    "broadcast destination in HBM": (
         "without a broadcast dimension",
-        lambda: nisa.memset(sbuf((4, 1)).broadcast(1, 4), 0),
+        lambda: nisa.dma_copy(nl.zeros((4, 1), nl.float32, nl.shared_hbm).broadcast(1, 4), sbuf((4, 4))),
     ),
     "index out of bounds": ("an index within 0..3, got 4", lambda: sbuf((8, 4))[:, 4]),
     "slice out of bounds": ("a non-empty slice within 0..4", lambda: sbuf((8, 4))[:, 2:5]),
@@ -392,6 +391,12 @@ def eight_bits(shape):
 
 
 DOUBTFUL = {
+    "kernel in a kernel": ("to have no decorator, got a kernel", lambda: nki.jit(partly_written)()),
+    "broadcast destination": (
+        "without a broadcast dimension",
+        lambda: nisa.memset(sbuf((4, 1)).broadcast(1, 4), 0),
+    ),
+    "tensor as a condition": ("`if tensor`, which is always true", lambda: bool(sbuf((4, 1)))),
     "partly unwritten read": (
         "tensor_copy: src: expected memory that was written, got 4 unwritten bytes",
         lambda: nisa.tensor_copy(sbuf((1, 8)), partly_written()),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nki_simulated import BF16, F8, body, nisa, nl, normal, psum, run, sbuf
 
-from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationWarning
+from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationWarning, simulate
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16, F8])
@@ -52,6 +52,22 @@ def test_nc_matmul_adds_to_what_a_matmul_wrote_and_overwrites_the_rest():
 
     with pytest.warns(NkiSimulationWarning, match="accumulate: expected False .* got None on a location"):
         body(rewritten)
+
+
+def test_nc_matmul_starts_anew_in_a_tensor_placed_over_another():
+    def kernel(x):
+        out = nl.ndarray((4, 4), nl.float32, nl.shared_hbm)
+        tile = nl.load(x)
+        for _ in range(2):
+            product = psum((4, 4), value=None, address=(0, 0))
+            nisa.nc_matmul(product, tile, tile)
+            result = sbuf((4, 4))
+            nisa.tensor_copy(result, product)
+        nl.store(out, result)
+        return out
+
+    x = normal(4, 4)
+    np.testing.assert_allclose(simulate(kernel)(x), x.T @ x, rtol=1e-5, atol=1e-6)
 
 
 def test_nc_matmul_double_row_contracts_pairs():

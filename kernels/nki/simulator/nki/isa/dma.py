@@ -10,7 +10,19 @@ import numpy as np
 
 from ... import dtypes, hardware
 from ... import machine as _machine
-from ...operands import DMA_MEMORY, bits, check, operator, put_bits, read, rounded, tensor, tile, write
+from ...operands import (
+    DMA_MEMORY,
+    bits,
+    check,
+    operator,
+    out_of_bounds,
+    put_bits,
+    read,
+    rounded,
+    tensor,
+    tile,
+    write,
+)
 from ...tensor import NkiTensor
 from . import constants
 from .instruction import Moved, instruction
@@ -25,8 +37,10 @@ def dma_copy(
     dge_mode: Any = constants.dge_mode.unknown,
     engine: Any = constants.engine.unknown,
     name: str | None = None,
-) -> Moved:
+) -> Moved | None:
     """``dst = src`` between HBM and SBUF, cast by way of fp32 where the dtypes differ."""
+    if oob_mode == constants.oob_mode.skip and (out_of_bounds("dst", dst) or out_of_bounds("src", src)):
+        return None
     dst, src = tensor("dst", dst, DMA_MEMORY), tensor("src", src, DMA_MEMORY)
     check(dst.size == src.size, "src", f"as many elements as dst ({dst.size})", src.size)
     check(priority is None, "priority", "None (NeuronCore-v4 and later)", priority)

@@ -157,12 +157,13 @@ def _accumulate_psum(dst: NkiTensor, product: np.ndarray, accumulate: bool | Non
         memory.matmul = np.zeros(memory.data.nbytes, np.uint8)
     started = where.of(memory.matmul)
     fits = bool(started.all()) if accumulate else where.count - memory.unwritten(where) == started.sum()
-    if not fits and accumulate is not False:
+    if not fits and (accumulate or (accumulate is None and not dst.storage.overwritten(where))):
         expected = "False for the first matmul into a PSUM location (one that nothing else has written since)"
         got = "True" if accumulate else "None on a location that something else wrote"
         check(not (accumulate and memory.unwritten(where)), "accumulate", expected, got)
         caution("accumulate", expected, got)
-    if accumulate or (accumulate is None and memory.unwritten(where) < where.count):
+    mine = not dst.storage.overwritten(where)  # else what another tensor left there, which None starts anew
+    if accumulate or (accumulate is None and mine and memory.unwritten(where) < where.count):
         exists = memory.written(where)
         old = dst.array().astype(np.float32)
         product = product + np.where(exists.all(-1), old, np.float32(0)).reshape(product.shape)
