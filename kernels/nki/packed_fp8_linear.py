@@ -41,9 +41,10 @@ BLOCK_BYTES = 49152  # of weight per partition and block
 ALIGNMENT = 32  # features, and rows: distances between the halves of a double_row operand are multiples of it
 WEIGHT_BYTES = 98304  # per partition for blocks of weight: all of this program's where they fit, else in turn
 ROW_TILES = 8  # tiles of 128 rows that share one pass over the weight
-PIECES = 4  # parts in which rows and weight arrive, so that the first matmul need not wait for the last byte
+PIECES = 4  # most parts in which rows and weight arrive: the first matmul need not wait for the last byte
+FEW_ROWS_PIECES = 8  # with few rows, when what follows the last byte counts
+PIECE_BYTES = 2048  # of weight per partition; below, issuing a transfer takes longer than its bytes
 FEW_ROWS = 128  # up to here TensorE, which has the time, transposes rows; DMA is slow with few
-FEW_ROWS_PIECES = 8  # then there is but one tile of rows, and what follows the last byte counts
 TRANSPOSE_BANKS = 2  # of PSUM, then
 STAGES = 4, 16  # least and most pieces of rows on their way to TensorE ...
 STAGE_BYTES = 16384  # ... and how many bytes per partition are worth it
@@ -219,9 +220,9 @@ class _Plan(nl.NKIObject):
         weight_buffers: blocks of weight in SBUF.
         resident: they are all of this program's: each is loaded once.
         tiles, row_tiles: tiles of 128 rows, in all and in a row block, which shares a pass over the weight.
-        row_buffers: tiles of rows in SBUF: two row blocks where there is room, else one.
+        few_rows: TensorE transposes them; fetched tiles are in SBUF before that.
         stages: pieces of rows on their way.
-        few_rows: TensorE transposes them.
+        row_buffers: tiles of rows in SBUF: two row blocks where there is room, else one.
     """
 
     def __init__(self, rows: int, in_features: int, features: int):
@@ -233,30 +234,38 @@ class _Plan(nl.NKIObject):
         self.columns = _aligned(self.width)
         blocks = (features + self.width - 1) // self.width
         self.first_block, self.last_block = share(blocks)
-        self.few_rows = rows <= FEW_ROWS
-        pieces = FEW_ROWS_PIECES if self.few_rows else PIECES
+        self.tiles = (rows + pmax - 1) // pmax
+        self.pitch = _aligned(min(rows, pmax))
+        most = FEW_ROWS_PIECES if rows <= FEW_ROWS else PIECES
+        pieces = max(1, min(most, self.chunks * 2 * self.width // PIECE_BYTES))
         self.piece_chunks = (self.chunks + pieces - 1) // pieces
         self.pieces = (self.chunks + self.piece_chunks - 1) // self.piece_chunks
-        self.pitch = _aligned(min(rows, pmax))
-        self.tiles = (rows + pmax - 1) // pmax
 
         # Bytes per partition. A block of weight comes with a scale and a bias for each of its features.
         block_bytes = (self.chunks * 2 + 8) * self.columns
         mine = self.last_block - self.first_block
         self.weight_buffers = min(mine, max(2, WEIGHT_BYTES // block_bytes))
         self.resident = self.weight_buffers == mine
-        piece_bytes = self.piece_chunks * 2 * self.pitch
-        if self.goes_by_sbuf():
-            piece_bytes += self.piece_chunks * self.partitions * 2
-        tile_bytes = self.pieces * self.piece_chunks * 2 * self.pitch
         room = nl.tile_size.sbuf_fmax_bytes - SBUF_RESERVE - RESULTS * 4 * self.columns
         room -= self.weight_buffers * block_bytes
-        self.stages = self.pieces
-        if not self.few_rows:
+        row_bytes = self.chunks * self.partitions * 2
+        piece_bytes = self.piece_chunks * 2 * self.pitch
+        tile_bytes = self.pieces * piece_bytes
+
+        # On their way rows take a stage a piece; and before that, where need be, SBUF as they are in HBM.
+        self.fetched = min(2, self.tiles)
+        self.few_rows = rows <= FEW_ROWS and self.fetched * row_bytes + 2 * tile_bytes <= room
+        if self.few_rows:
+            self.stages = self.pieces
+            room -= self.fetched * row_bytes + tile_bytes
+        else:
+            if in_features % 2 == 1:
+                piece_bytes += self.piece_chunks * self.partitions * 2
             self.stages = min(STAGES[1], max(STAGES[0], STAGE_BYTES // piece_bytes))
-        while self.stages > 1 and room - self.stages * piece_bytes < tile_bytes:
-            self.stages -= 1
-        fitting = (room - self.stages * piece_bytes) // tile_bytes
+            while self.stages > 1 and room - self.stages * piece_bytes < tile_bytes:
+                self.stages -= 1
+            room -= self.stages * piece_bytes
+        fitting = room // tile_bytes
         if self.tiles <= min(fitting, ROW_TILES):
             self.row_tiles, self.row_buffers = self.tiles, self.tiles
         else:
@@ -264,13 +273,6 @@ class _Plan(nl.NKIObject):
             row_blocks = (self.tiles + most - 1) // most
             self.row_tiles = (self.tiles + row_blocks - 1) // row_blocks
             self.row_buffers = min(fitting, 2 * self.row_tiles)
-
-    def goes_by_sbuf(self) -> bool:
-        """Return whether rows are in SBUF before they are transposed.
-
-        An odd H leaves no 2-byte view of them in HBM, and TensorE reads SBUF.
-        """
-        return self.few_rows or self.in_features % 2 == 1
 
     def rows_of(self, tile: int):
         """Return rows ``start, stop`` of a tile."""
@@ -326,10 +328,10 @@ class _Weights(nl.NKIObject):
                 self.biases.append(nl.ndarray((partitions, plan.width), dtype=bias.dtype, buffer=nl.sbuf))
 
     def load(self, block: int):
-        """Load a block, piece after piece, then its scales and bias."""
+        """Load a block: its scales and bias, then its codes piece after piece."""
+        self.load_scales(block)
         for piece in range(self.plan.pieces):
             self.load_piece(block, piece)
-        self.load_scales(block)
 
     def load_piece(self, block: int, piece: int):
         """Load some chunks of a block: one run of bytes on each partition, but for a last odd block."""
@@ -395,6 +397,9 @@ class _Rows(nl.NKIObject):
         self.turn = 0
         self.banks = []
         if plan.few_rows:
+            fetched = (pmax, plan.chunks * plan.partitions * 2)
+            for _ in range(plan.fetched):
+                self.padded.append(nl.ndarray(fetched, dtype=nl.uint8, buffer=nl.sbuf))
             for _ in range(TRANSPOSE_BANKS):
                 bank = (pmax, nl.tile_size.psum_bank_fmax * 2)
                 self.banks.append(nl.ndarray(bank, dtype=nl.bfloat16, buffer=nl.psum))
@@ -411,14 +416,28 @@ class _Rows(nl.NKIObject):
             self.scales.append(nl.ndarray((pmax, 1), dtype=nl.float32, buffer=nl.sbuf))
         for _ in range(plan.stages):
             self.stages.append(nl.ndarray(staged, dtype=nl.bfloat16, buffer=nl.sbuf))
-            if plan.goes_by_sbuf():
+            if plan.in_features % 2 == 1 and not plan.few_rows:
                 self.padded.append(nl.ndarray(padded, dtype=nl.uint8, buffer=nl.sbuf))
 
     def load(self, tile: int):
-        """Load a tile, piece after piece, then its scales."""
+        """Load a tile: its scales, then its codes piece after piece."""
+        self.fetch(tile)
         for piece in range(self.plan.pieces):
             self.load_piece(tile, piece)
-        self.load_scales(tile)
+
+    def fetch(self, tile: int):
+        """Load what comes in one transfer: scales, and few rows' codes."""
+        start, stop = self.plan.rows_of(tile)
+        width = self.plan.in_features
+        source = self.source.view(nl.uint8)[start:stop, :]
+        if self.plan.few_rows:
+            codes = self.padded[tile % self.plan.fetched][0 : stop - start, :]
+            nisa.dma_copy(dst=codes[:, 0:width], src=source[:, 0:width])
+            if width % 2 == 1:
+                nisa.memset(codes[:, width : width + 1], 0, engine=nisa.engine.gpsimd)
+        # A byte copy needs no alignment.
+        scale = self.scales[tile % self.plan.row_buffers].view(nl.uint8)[0 : stop - start, :]
+        nisa.dma_copy(dst=scale, src=source[:, width : width + SCALE_BYTES])
 
     def load_piece(self, tile: int, piece: int):
         """Load and transpose some chunks of a tile, as 2-byte pairs, then put the pairs' halves apart."""
@@ -443,18 +462,23 @@ class _Rows(nl.NKIObject):
     def _pairs(self, start: int, stop: int, piece: int):
         """Return pairs of codes, ``[rows, pairs]`` as bf16 (nothing computes with them), of a piece's chunks.
 
-        They are in HBM or, where that will not do, were copied to SBUF, with zeros up to a whole pair.
+        They are in HBM. An odd H leaves no 2-byte view of them there, and TensorE reads SBUF: copies lie in
+        SBUF then, with a zero up to a whole pair.
         """
         first, last = self.plan.chunks_of(piece)
-        at = first * self.plan.partitions * 2
-        codes = min(last * self.plan.partitions * 2, self.plan.in_features) - at
-        source = self.source.view(nl.uint8)[start:stop, at : at + codes]
-        if not self.plan.goes_by_sbuf():
+        at, end = first * self.plan.partitions * 2, last * self.plan.partitions * 2
+        end = min(end, self.plan.in_features)
+        whole = (end - at + 1) // 2 * 2
+        if self.plan.few_rows:
+            fetched = self.padded[start // nl.tile_size.pmax % self.plan.fetched]
+            return fetched[0 : stop - start, at : at + whole].view(nl.bfloat16)
+        source = self.source.view(nl.uint8)[start:stop, at:end]
+        if self.plan.in_features % 2 == 0:
             return source.view(nl.bfloat16)
-        padded = self.padded[self.turn % self.plan.stages][0 : stop - start, 0 : (codes + 1) // 2 * 2]
-        if codes % 2 == 1:
-            nisa.memset(padded[:, codes : codes + 1], 0, engine=nisa.engine.gpsimd)
-        nisa.dma_copy(dst=padded[:, 0:codes], src=source)
+        padded = self.padded[self.turn % self.plan.stages][0 : stop - start, 0:whole]
+        if end - at < whole:
+            nisa.memset(padded[:, end - at : whole], 0, engine=nisa.engine.gpsimd)
+        nisa.dma_copy(dst=padded[:, 0 : end - at], src=source)
         return padded.view(nl.bfloat16)
 
     def _transpose(self, dst, source):
@@ -504,15 +528,6 @@ class _Rows(nl.NKIObject):
                 engine=engine,
             )
 
-    def load_scales(self, tile: int):
-        """Load the last four bytes of each row, its scale; a byte copy needs no alignment."""
-        start, stop = self.plan.rows_of(tile)
-        end = self.plan.in_features + SCALE_BYTES
-        nisa.dma_copy(
-            dst=self.scales[tile % self.plan.row_buffers].view(nl.uint8)[0 : stop - start, :],
-            src=self.source.view(nl.uint8)[start:stop, self.plan.in_features : end],
-        )
-
     def stationary(self, tile: int, piece: int, chunk: int):
         """Return an operand of matmuls, ``[used, 2, rows]`` FP8: a chunk, counted in the piece, of a tile."""
         start, stop = self.plan.rows_of(tile)
@@ -547,17 +562,13 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, out, fp8):
     for _ in range(RESULTS):
         results.append(nl.ndarray((nl.tile_size.pmax, plan.width), dtype=out.dtype, buffer=nl.sbuf))
 
-    # The first tile and the first block arrive together, piece by piece; or few rows first, lest TensorE wait
-    # for a later piece of rows while weights are there.
-    if plan.few_rows:
-        for piece in range(plan.pieces):
-            rows.load_piece(0, piece)
+    # The first tile and the first block arrive together.
     for piece in range(plan.pieces):
-        if not plan.few_rows:
-            rows.load_piece(0, piece)
         weights.load_piece(plan.first_block, piece)
-    rows.load_scales(0)
-    weights.load_scales(plan.first_block)
+        if piece == 0:
+            rows.fetch(0)
+            weights.load_scales(plan.first_block)
+        rows.load_piece(0, piece)
     turn = 0
     for first in range(0, plan.tiles, plan.row_tiles):
         last = min(first + plan.row_tiles, plan.tiles)
