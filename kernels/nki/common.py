@@ -10,6 +10,8 @@ except ModuleNotFoundError:  # no Neuron SDK: the simulator's namespace
 SCALE_BYTES = 4
 """Bytes of the fp32 scale at the end of a packed row."""
 
+SHUFFLE_FROM = 32  # elements from which on VectorE, not DMA, copies a vector to all partitions
+
 
 def share(count: int):
     """Return the part ``first, last`` (``first <= i < last``) of ``count`` items that is this program's.
@@ -43,7 +45,10 @@ def fp8_max(ocp: bool) -> float:
 
 
 def copy_to_partitions(dst: nl.NkiTensor, vector: nl.NkiTensor, start: int):
-    """Copy a part of a vector in HBM to every partition of a tile, by DMA: bit for bit.
+    """Copy a part of a vector in HBM to every partition of a tile, bit for bit.
+
+    By DMA to the first partition, and from there by VectorE, 32 partitions at a time. A DMA to all of them
+    moves the vector as often as there are partitions: a tenth of the weight's bytes for the weight's scales.
 
     Args:
         dst: ``[P, n]`` in SBUF, of vector's dtype.
@@ -52,4 +57,11 @@ def copy_to_partitions(dst: nl.NkiTensor, vector: nl.NkiTensor, start: int):
     """
     partitions, n = dst.shape
     row = vector.reshape((1, vector.size))[:, start : start + n]
-    nisa.dma_copy(dst=dst, src=row.broadcast(0, partitions))
+    if partitions == 1 or n < SHUFFLE_FROM:
+        nisa.dma_copy(dst=dst, src=row.broadcast(0, partitions))
+        return
+    nisa.dma_copy(dst=dst[0:1, :], src=row)
+    for first in range(0, partitions, 32):
+        nisa.nc_stream_shuffle(
+            dst=dst[first : min(first + 32, partitions), :], src=dst[0:1, :], shuffle_mask=[0] * 32
+        )
