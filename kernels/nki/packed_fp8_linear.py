@@ -222,6 +222,7 @@ class _Plan(nl.NKIObject):
         tiles, row_tiles: tiles of 128 rows, in all and in a row block, which shares a pass over the weight.
         few_rows: TensorE transposes them; fetched tiles are in SBUF before that.
         stages: pieces of rows on their way.
+        stacked: results of so many blocks lie below one another on the partitions and leave in one transfer.
         row_buffers: tiles of rows in SBUF: two row blocks where there is room, else one.
     """
 
@@ -265,6 +266,7 @@ class _Plan(nl.NKIObject):
             while self.stages > 1 and room - self.stages * piece_bytes < tile_bytes:
                 self.stages -= 1
             room -= self.stages * piece_bytes
+        self.stacked = pmax // rows if rows == pmax // 2 or rows == pmax // 4 else 1
         fitting = room // tile_bytes
         if self.tiles <= min(fitting, ROW_TILES):
             self.row_tiles, self.row_buffers = self.tiles, self.tiles
@@ -421,23 +423,30 @@ class _Rows(nl.NKIObject):
 
     def load(self, tile: int):
         """Load a tile: its scales, then its codes piece after piece."""
+        self.load_scales(tile)
         self.fetch(tile)
         for piece in range(self.plan.pieces):
             self.load_piece(tile, piece)
 
-    def fetch(self, tile: int):
-        """Load what comes in one transfer: scales, and few rows' codes."""
+    def load_scales(self, tile: int):
+        """Load the last four bytes of each row, its scale; a byte copy needs no alignment."""
         start, stop = self.plan.rows_of(tile)
         width = self.plan.in_features
-        source = self.source.view(nl.uint8)[start:stop, :]
-        if self.plan.few_rows:
-            codes = self.padded[tile % self.plan.fetched][0 : stop - start, :]
-            nisa.dma_copy(dst=codes[:, 0:width], src=source[:, 0:width])
-            if width % 2 == 1:
-                nisa.memset(codes[:, width : width + 1], 0, engine=nisa.engine.gpsimd)
-        # A byte copy needs no alignment.
-        scale = self.scales[tile % self.plan.row_buffers].view(nl.uint8)[0 : stop - start, :]
-        nisa.dma_copy(dst=scale, src=source[:, width : width + SCALE_BYTES])
+        nisa.dma_copy(
+            dst=self.scales[tile % self.plan.row_buffers].view(nl.uint8)[0 : stop - start, :],
+            src=self.source.view(nl.uint8)[start:stop, width : width + SCALE_BYTES],
+        )
+
+    def fetch(self, tile: int):
+        """Load few rows' codes, all in one transfer; of more rows the pieces come one by one."""
+        if not self.plan.few_rows:
+            return
+        start, stop = self.plan.rows_of(tile)
+        width = self.plan.in_features
+        codes = self.padded[tile % self.plan.fetched][0 : stop - start, :]
+        nisa.dma_copy(dst=codes[:, 0:width], src=self.source.view(nl.uint8)[start:stop, 0:width])
+        if width % 2 == 1:
+            nisa.memset(codes[:, width : width + 1], 0, engine=nisa.engine.gpsimd)
 
     def load_piece(self, tile: int, piece: int):
         """Load and transpose some chunks of a tile, as 2-byte pairs, then put the pairs' halves apart."""
@@ -555,20 +564,21 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, out, fp8):
     """Compute this program's blocks of features of ``out [T, N]``."""
     rows = _Rows(plan, packed, fp8)
     weights = _Weights(plan, weight, weight_scale, bias, fp8)
-    banks, results = [], []
+    banks = []
     for _ in range(nl.tile_size.psum_num_banks - len(rows.banks)):
         bank = (nl.tile_size.pmax, nl.tile_size.psum_bank_fmax)
         banks.append(nl.ndarray(bank, dtype=nl.float32, buffer=nl.psum))
-    for _ in range(RESULTS):
-        results.append(nl.ndarray((nl.tile_size.pmax, plan.width), dtype=out.dtype, buffer=nl.sbuf))
 
     # The first tile and the first block arrive together.
     for piece in range(plan.pieces):
         weights.load_piece(plan.first_block, piece)
         if piece == 0:
             rows.fetch(0)
+        if piece == plan.pieces // 2:
+            rows.load_scales(0)
             weights.load_scales(plan.first_block)
         rows.load_piece(0, piece)
+    outputs = _Outputs(plan, out, rows, weights)
     turn = 0
     for first in range(0, plan.tiles, plan.row_tiles):
         last = min(first + plan.row_tiles, plan.tiles)
@@ -581,8 +591,7 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, out, fp8):
             for tile in range(first, last):
                 bank = banks[turn % len(banks)]
                 _contract(plan, bank, rows, weights, tile, block)
-                result = results[turn % len(results)]
-                _scale_and_store(plan, out, result, bank, rows, weights, tile, block)
+                outputs.put(bank, tile, block)
                 turn += 1
 
 
@@ -602,31 +611,64 @@ def _contract(plan: _Plan, bank, rows: _Rows, weights: _Weights, tile: int, bloc
             )
 
 
-def _scale_and_store(plan: _Plan, out, result, bank, rows: _Rows, weights: _Weights, tile: int, block: int):
-    """``out = bank * row scale * weight scale [+ bias]``, rounded on the way out of PSUM."""
-    start, stop = plan.rows_of(tile)
-    first, last = plan.features_of(block)
-    count, n = stop - start, last - first
-    psum, rounded = bank[0:count, 0:n], result[0:count, 0:n]
-    scaled = rounded if weights.bias_source == None else psum  # fp32, in place
-    if weights.one_scale == None:
-        nisa.scalar_tensor_tensor(
-            dst=scaled,
-            data=psum,
-            op0=nl.multiply,
-            operand0=rows.scale(tile),
-            op1=nl.multiply,
-            operand1=weights.scale(block, count),
-        )
-    else:
-        nisa.tensor_scalar(
-            dst=scaled,
-            data=psum,
-            op0=nl.multiply,
-            operand0=rows.scale(tile),
-            op1=nl.multiply,
-            operand1=weights.one_scale[0:count, :],
-        )
-    if weights.bias_source != None:
-        nisa.tensor_tensor(dst=rounded, data1=psum, data2=weights.bias(block, count), op=nl.add)
-    nisa.dma_copy(dst=out[start:stop, first:last], src=rounded)
+class _Outputs(nl.NKIObject):
+    """Results on their way out: scaled and rounded from PSUM to SBUF, and stored.
+
+    Args:
+        plan: the call's.
+        out: ``[T, N]`` in HBM.
+        rows, weights: whose scales and bias apply.
+    """
+
+    def __init__(self, plan: _Plan, out, rows: _Rows, weights: _Weights):
+        self.plan = plan
+        self.out = out
+        self.rows = rows
+        self.weights = weights
+        self.tiles = []
+        for _ in range(RESULTS):
+            self.tiles.append(nl.ndarray((nl.tile_size.pmax, plan.width), dtype=out.dtype, buffer=nl.sbuf))
+        self.turn = 0
+        self.blocks = 0  # that lie in the tile whose turn it is
+
+    def put(self, bank, tile: int, block: int):
+        """Scale a tile's product with a block; store it, or with the next blocks' where these fill a tile."""
+        start, stop = self.plan.rows_of(tile)
+        first, last = self.plan.features_of(block)
+        count, n = stop - start, last - first
+        at = self.blocks * count
+        self._scale(self.tiles[self.turn % RESULTS][at : at + count, 0:n], bank[0:count, 0:n], tile, block)
+        self.blocks += 1
+        following = self.plan.features_of(block + 1)
+        alone = block + 1 == self.plan.last_block or following[1] - following[0] != n
+        if self.blocks == self.plan.stacked or alone:
+            begin = last - self.blocks * n
+            out = self.out[start:stop, begin:last].reshape_dim(1, (self.blocks, n)).permute((1, 0, 2))
+            nisa.dma_copy(dst=out, src=self.tiles[self.turn % RESULTS][0 : self.blocks * count, 0:n])
+            self.turn += 1
+            self.blocks = 0
+
+    def _scale(self, rounded, psum, tile: int, block: int):
+        """``rounded = psum * row scale * weight scale [+ bias]``."""
+        count = psum.shape[0]
+        scaled = rounded if self.weights.bias_source == None else psum  # fp32, in place
+        if self.weights.one_scale == None:
+            nisa.scalar_tensor_tensor(
+                dst=scaled,
+                data=psum,
+                op0=nl.multiply,
+                operand0=self.rows.scale(tile),
+                op1=nl.multiply,
+                operand1=self.weights.scale(block, count),
+            )
+        else:
+            nisa.tensor_scalar(
+                dst=scaled,
+                data=psum,
+                op0=nl.multiply,
+                operand0=self.rows.scale(tile),
+                op1=nl.multiply,
+                operand1=self.weights.one_scale[0:count, :],
+            )
+        if self.weights.bias_source != None:
+            nisa.tensor_tensor(dst=rounded, data1=psum, data2=self.weights.bias(block, count), op=nl.add)

@@ -63,6 +63,8 @@ def assert_product(out, codes, scale, weight, weight_scale, bias) -> None:
         (2, 255, 513),
         (2, 8192, 300),
         (1100, 258, 33),
+        (32, 130, 2700),
+        (64, 64, 5200),
     ],
 )
 @pytest.mark.parametrize("cores", [1, 2])
