@@ -175,7 +175,7 @@ class Recorder:
     program: Program = field(default_factory=Program)
     reads: list[Region] = field(default_factory=list)
     writes: list[Region] = field(default_factory=list)
-    _schedules: dict[tuple[bool, bool, int], Schedule] = field(default_factory=dict)
+    _schedules: dict[tuple[bool, bool, Latencies], Schedule] = field(default_factory=dict)
 
     def issue(self, name: str, engine: str, busy: float, tiles: list[NkiTensor], careful: float) -> None:
         """An instruction of a compute engine: `busy` cycles, `careful` under the slower reading."""
@@ -220,9 +220,9 @@ class Recorder:
         self, careful: bool = False, reorder: bool = False, latencies: Latencies = MEASURED
     ) -> Schedule:
         """When each instruction would run (``schedule.py``), computed once for each way to ask."""
-        key = (careful, reorder, id(latencies))
+        key = (careful, reorder, latencies)
         if key not in self._schedules:
-            self._schedules[key] = schedule(self.program, careful, reorder, latencies)
+            self._schedules[key] = schedule(self.program, *key)
         return self._schedules[key]
 
     @property

@@ -105,7 +105,7 @@ HBM_BYTES_PER_NS = 3000.0 / 8  # [T2] 3 TB/s of a device shared by its 8 NeuronC
 # (October 2026, neuronx-cc 2.22). docs/kernels/cost_model.md: how well either set meets AWS's records.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Latencies:
     """How long results take to be there, in microseconds.
 

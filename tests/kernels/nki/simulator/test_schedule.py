@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from vllm_neuron_rmsq.kernels.nki.rms_norm_quant import rms_norm_quant_bytes_kernel
 from vllm_neuron_rmsq.kernels.nki.simulator import Zeros, cost, hardware, nki, scheduled_us
 from vllm_neuron_rmsq.kernels.nki.simulator.hazards import Places
 from vllm_neuron_rmsq.kernels.nki.simulator.nki import isa as nisa
@@ -309,6 +310,24 @@ def test_a_schedule_draws_itself(tmp_path):
         ("VectorE", "memset", 0, pytest.approx(V)),
         ("ScalarE", "tensor_copy", pytest.approx(there), pytest.approx(S)),
     ]
+
+
+@pytest.mark.parametrize("latencies", [hardware.MEASURED, hardware.DOCUMENTED])
+@pytest.mark.parametrize("reorder", [False, True])
+def test_a_kernel_takes_at_least_its_floor_and_always_the_same(latencies, reorder):
+    hidden, weight = np.zeros((300, 1024), np.float16), np.zeros(1024, np.float16)
+    one, two = (cost(rms_norm_quant_bytes_kernel, 2)(hidden, weight) for _ in range(2))
+    first, careful = (one.schedule(careful, reorder, latencies) for careful in (False, True))
+    assert one.time_us < first.us < careful.us
+    again = two.schedule(False, reorder, latencies)
+    assert [(s.start, s.done, s.cause) for s in again.steps] == [
+        (s.start, s.done, s.cause) for s in first.steps
+    ]
+    for step in first.steps:  # nobody starts before what he depends on has at least ended
+        assert all(first.steps[i].end <= step.start for i in step.instruction.depends)
+    for name, engine in first.engines.items():
+        last = max(s.end for s in first.steps if s.instruction.engine == name)
+        assert engine.busy_us + engine.waiting_us == pytest.approx(last)
 
 
 def test_addresses_go_round():
