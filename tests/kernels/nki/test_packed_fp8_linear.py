@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_neuron_rmsq import ops
 from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq.kernels.nki import common
 from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 from vllm_neuron_rmsq.kernels.nki.digest import digest
 from vllm_neuron_rmsq.kernels.nki.packed_fp8_linear import (
@@ -18,8 +19,9 @@ from vllm_neuron_rmsq.kernels.nki.packed_fp8_linear import (
     packed_fp8_linear_bytes_kernel,
     packed_fp8_linear_kernel,
     prepack,
+    prepacked_shape,
 )
-from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationWarning, cost, simulate
+from vllm_neuron_rmsq.kernels.nki.simulator import NkiSimulationWarning, Zeros, cost, scheduled_us, simulate
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
 
@@ -185,6 +187,17 @@ def test_either_engine_transposes(monkeypatch, rows, width):
         assert torch.equal(simulate(packed_fp8_linear_kernel)(*arguments), want)
 
 
+def test_wider_apart_and_copied_by_dma_it_is_the_same(monkeypatch):
+    """Halves of operands 128 bytes apart as in AWS's kernels; scales by DMA to all partitions."""
+    codes, weight, scale = fp8(70, 600), fp8(700, 600), torch.rand(70)
+    packed, weight_scale, bias = fmt.pack(codes, scale), torch.rand(700), torch.randn(700)
+    want = simulate(packed_fp8_linear_kernel)(packed, prepack(weight.view(torch.uint8)), weight_scale, bias)
+    monkeypatch.setattr(source, "ALIGNMENT", 128)
+    monkeypatch.setattr(common, "SHUFFLE_FROM", 1024)
+    got = simulate(packed_fp8_linear_kernel)(packed, prepack(weight.view(torch.uint8)), weight_scale, bias)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 65536), (129, 65535), (128, 65536), (300, 28672)])
 def test_longest_contractions_fit(rows, width):
     codes, weight, scale = fp8(rows, width), fp8(100, width), torch.rand(rows) * 0.01
@@ -227,6 +240,20 @@ def test_weight_is_read_once_for_1024_rows():
     assert report.bytes["SBUF->HBM"] == 1024 * 1024 * 2
     tiles, chunks, blocks = 8, 8, 1
     assert report.programs[0].instructions["TensorE", "nc_matmul"] == tiles * chunks * blocks
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "features", "us"),
+    [
+        (1, 8192, 1280, 21.0),  # 14.3 of weight; 18.2 with the latencies of one load and one store
+        (64, 4096, 28672, 1.1 * 159.6),  # 159.6 of weight
+        (2048, 8192, 1280, 165.0),  # 136.5 at TensorE's FP8 peak
+    ],
+)
+def test_scheduled_time(rows, width, features, us):
+    """By the cost model, two programs: no number of a clock."""
+    packed, weight = Zeros((rows, width + 4), "uint8"), Zeros(prepacked_shape(features, width), "uint8")
+    assert scheduled_us(packed_fp8_linear_kernel, 2, packed, weight, Zeros((features,), "float32")) <= us
 
 
 @pytest.mark.parametrize(

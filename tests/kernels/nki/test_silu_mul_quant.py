@@ -22,7 +22,7 @@ from vllm_neuron_rmsq.kernels.nki.silu_mul_quant import (
     silu_mul_quant_bytes_kernel,
     silu_mul_quant_kernel,
 )
-from vllm_neuron_rmsq.kernels.nki.simulator import cost, simulate
+from vllm_neuron_rmsq.kernels.nki.simulator import Zeros, cost, scheduled_us, simulate
 
 TIES = 1e-3
 
@@ -151,6 +151,33 @@ def test_the_entry_for_graphs_returns_the_same_bytes():
     assert torch.equal(simulate(silu_mul_quant_kernel)(gate_up), run(gate_up))
     ocp = simulate(silu_mul_quant_kernel, target="trn3")(gate_up, None, DtypeMode.OCP)
     assert torch.equal(ocp.view(torch.uint8), run(gate_up, target="trn3"))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(3, 2048), (130, 1536), (5, 300)])
+@pytest.mark.parametrize(
+    "change",
+    [{"GPSIMD_SHARE": 1.0}, {"GPSIMD_SHARE": 0.0}, {"LEAST_PART": source.MAX_I}, {"CHUNK": source.MAX_I}],
+)
+def test_other_forms_give_the_same(monkeypatch, change, rows, width):
+    """The constants that hardware may ask to change."""
+    gate_up = gaussian(rows, width).bfloat16()
+    want = run(gate_up)
+    for name, value in change.items():
+        monkeypatch.setattr(source, name, value)
+    assert torch.equal(run(gate_up), want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "us"),
+    [
+        (2048, 14336, 1.5 * 199.5),  # 1.5 times what its bytes take
+        (1, 14336, 14.0),
+        (64, 3584, 18.0),
+    ],
+)
+def test_scheduled_time(rows, width, us):
+    """By the cost model, two programs: no number of a clock."""
+    assert scheduled_us(silu_mul_quant_kernel, 2, Zeros((rows, 2 * width), "bfloat16")) <= us
 
 
 def test_every_element_is_read_and_written_once():
