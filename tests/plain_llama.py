@@ -6,7 +6,7 @@ Dimensions:
 
 It shares nothing with vLLM and the plugin but ``reference.py``: every FP8 linear gets the reference's packed
 rows, dequantized, times the dequantized weight, in fp32, rounded once to bf16. The rest (rotary embedding,
-attention, SiLU, the last norm) rounds to bf16 where Hugging Face's Llama does.
+attention, the last norm) rounds to bf16 where Hugging Face's Llama does.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class PlainLlama:
         hidden = self.linear(self.quantize(attention), f"{prefix}.self_attn.o_proj")
         rows, residual = self.norm(hidden, residual, f"{prefix}.post_attention_layernorm")
         gate, up = (self.linear(rows, f"{prefix}.mlp.{part}_proj") for part in ("gate", "up"))
-        rows = self.quantize(F.silu(gate) * up)
+        rows = reference.silu_mul_quant(torch.cat([gate, up], dim=-1))
         return self.linear(rows, f"{prefix}.mlp.down_proj"), residual
 
     @torch.no_grad()

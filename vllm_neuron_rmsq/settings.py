@@ -24,7 +24,7 @@ class Settings:
         backend: who computes; ``auto`` is the best usable one, ``off`` leaves vLLM as it is (``ops`` called
             directly take ``auto`` then).
         target: code range, ``trn2`` (±240) or ``trn3`` (±448).
-        fuse: put fused RMSNorm+FP8-quant layers where norms are proven to feed only FP8 linears.
+        fuse: quantize in the norm or activation function that is proven to feed only FP8 linears.
         strict: an unfused decoder norm is a start-up error.
         cpu_isa: instruction-set level of backend ``cpu``; ``auto`` is the best this machine has.
         attention: on vLLM Neuron, how much of attention multiplies in FP8: ``bf16`` nothing (the stock

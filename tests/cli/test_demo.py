@@ -24,7 +24,7 @@ def test_layers_of_a_kind_share_a_row():
         }
         for layer in range(12)
     ]
-    table = _layers({"line": "11 of 12 fused", "backend": "cpu", "norms": norms})
+    table = _layers({"line": "11 of 12 fused", "backend": "cpu", "layers": norms})
     assert all(column.header for column in table.columns)
     shown = text(table)
     assert "11 of 12 fused" in shown

@@ -148,11 +148,11 @@ def _layers(report: dict[str, Any]) -> Table:
     """One row for each kind of layer, named once for all the layers of the decoder."""
     table = Table("norm", "what became of it", title=report["line"])
     kinds: dict[tuple[str, str], list[str]] = {}
-    for norm in report["norms"]:
-        fate = f"not fused: {norm['reason']}"
-        if not norm["reason"]:
-            fate = f"fused on backend {report['backend']}, feeds " + ", ".join(norm["linears"])
-        kinds.setdefault((_kind(norm["name"]), _kind(fate)), []).append(norm["name"])
+    for layer in report["layers"]:
+        fate = f"not fused: {layer['reason']}"
+        if not layer["reason"]:
+            fate = f"fused on backend {report['backend']}, feeds " + ", ".join(layer["linears"])
+        kinds.setdefault((_kind(layer["name"]), _kind(fate)), []).append(layer["name"])
     for (name, fate), members in kinds.items():
         table.add_row(f"{name} ({len(members)})" if len(members) > 1 else name, fate)
     return table
@@ -211,5 +211,8 @@ def _report(model: Any) -> dict[str, Any] | None:
     return report and {
         "line": str(report),
         "backend": report.backend,
-        "norms": [{"name": n.name, "reason": n.reason, "linears": n.linears} for n in report.norms],
+        "layers": [
+            {"name": layer.name, "reason": layer.reason, "linears": layer.linears}
+            for layer in (*report.norms, *report.activations)
+        ],
     }

@@ -7,33 +7,37 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.activation import SiluAndMul
 from vllm_models import Loaded, tiny_config, write_checkpoint
 
 from vllm_neuron_rmsq import settings
 from vllm_neuron_rmsq.backends import BackendUnavailableError
 from vllm_neuron_rmsq.integrations.vllm import fusion, proof, schemes
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm.silu_mul import SiluMulQuant
 
 PRE_NORMS = {"input_layernorm": "qkv_proj", "post_attention_layernorm": "gate_up_proj"}
 
 ARCHITECTURES = {
-    # model type: (norms in all, fused norm in a layer -> the linear it feeds, config changes)
-    "llama": (5, PRE_NORMS, {}),
-    "mistral": (5, PRE_NORMS, {}),
-    "qwen2": (5, PRE_NORMS, {}),
-    "qwen3": (9, PRE_NORMS, {}),
-    "phi3": (5, PRE_NORMS, {}),
+    # model type: (norms in all, fused norm in a layer -> the linear it feeds, SiluAndMul layers, all fused)
+    "llama": (5, PRE_NORMS, 2),
+    "mistral": (5, PRE_NORMS, 2),
+    "qwen2": (5, PRE_NORMS, 2),
+    "qwen3": (9, PRE_NORMS, 2),
+    "phi3": (5, PRE_NORMS, 2),
     # Norms of inputs and of outputs beside each other.
-    "glm4": (9, PRE_NORMS, {}),
-    # Through the Transformers backend.
-    "smollm3": (5, PRE_NORMS, {}),
-    "seed_oss": (5, PRE_NORMS, {}),
-    "arcee": (5, {"input_layernorm": "qkv_proj", "post_attention_layernorm": "up_proj"}, {}),
+    "glm4": (9, PRE_NORMS, 2),
+    # Through the Transformers backend, where all layers share one SiluAndMul.
+    "smollm3": (5, PRE_NORMS, 2),
+    "seed_oss": (5, PRE_NORMS, 2),
+    # Its activation function is another.
+    "arcee": (5, {"input_layernorm": "qkv_proj", "post_attention_layernorm": "up_proj"}, 0),
     # Post-norm models: the same names, norms of outputs.
-    "olmo2": (9, {}, {}),
-    "exaone4": (9, {}, {}),
-    # A norm with a formula of its own.
-    "gemma2": (9, {}, {}),
+    "olmo2": (9, {}, 2),
+    "exaone4": (9, {}, 2),
+    # A norm with a formula of its own, and another activation function.
+    "gemma2": (9, {}, 0),
 }
 
 
@@ -65,9 +69,9 @@ def kernel_names(loaded):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_fuses_exactly_the_norms_that_feed_fp8_linears(model_type, checkpoint, monkeypatch):
-    count, pairs, changes = ARCHITECTURES[model_type]
-    path = checkpoint(model_type, **changes)
+def test_fuses_exactly_the_layers_that_feed_fp8_linears(model_type, checkpoint, monkeypatch):
+    count, pairs, activations = ARCHITECTURES[model_type]
+    path = checkpoint(model_type)
     loaded = Loaded(path)
     report = loaded.report
     assert len(report.norms) == count
@@ -75,16 +79,25 @@ def test_fuses_exactly_the_norms_that_feed_fp8_linears(model_type, checkpoint, m
     assert {name: linears[0].rsplit(".", 1)[-1] for name, linears in fused.items()} == pairs
     assert len(report.fused) == 2 * len(pairs)
     assert all(norm.reason for norm in report.norms if norm not in report.fused)
+    assert len(report.activations) == len(report.fused_activations) == activations
+    for layer, activation in enumerate(report.activations):
+        (linear,) = activation.linears  # its own layer's
+        assert linear.endswith(f".{layer}.mlp.down_proj")
+        assert isinstance(loaded.model.get_submodule(activation.name), SiluMulQuant)
     logits = loaded.logits()
     monkeypatch.setenv("VLLM_RMSQ_FUSE", "0")
     unfused = Loaded(path)
-    assert not unfused.report.fused
+    assert not unfused.report.fused and not unfused.report.fused_activations
     assert unfused.report.linears == report.linears
-    if pairs:  # how close is for test_plain_forward.py to say; here, that nothing is grossly wrong
-        assert torch.nn.functional.cosine_similarity(logits, unfused.logits()).min() > 0.97
-        assert not torch.equal(logits, unfused.logits())
-    else:
-        assert torch.equal(logits, unfused.logits())
+    stock = unfused.logits()
+    if pairs or activations:  # how close is for test_offline.py to say; here, that nothing is grossly wrong
+        assert torch.nn.functional.cosine_similarity(logits, stock).min() > 0.97
+        assert not torch.equal(logits, stock)
+    for activation in unfused.report.activations:
+        module = unfused.model.get_submodule(activation.name)
+        assert type(module) is SiluAndMul
+        loaded.model.set_submodule(activation.name, module)
+    assert torch.equal(loaded.logits(), stock) == (not pairs)  # where no norm is fused, all are stock
 
 
 def test_a_router_that_reads_the_norm_refutes_it(tmp_path):
@@ -108,19 +121,24 @@ def test_a_router_that_reads_the_norm_refutes_it(tmp_path):
     reasons = {norm.name: norm.reason for norm in report.norms}
     assert not reasons["model.layers.0.input_layernorm"]
     assert "read by" in reasons["model.layers.0.post_attention_layernorm"]
+    assert not report.activations  # the experts' is inside vLLM's fused MoE layer, which is not touched
+
+
+def keep_bf16(path, *prefixes):
+    """Put the unquantized weights of some linears into an FP8 checkpoint."""
+    config = json.loads((path / "config.json").read_text())
+    bf16 = load_file(path.parent / "model.safetensors")
+    fp8 = load_file(path / "model.safetensors")
+    mixed = {k: v for k, v in fp8.items() if not k.startswith(prefixes)}
+    mixed |= {k: v for k, v in bf16.items() if k.startswith(prefixes)}
+    save_file(mixed, path / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"]["ignore"] += list(prefixes)
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def test_layers_whose_linears_are_not_fp8_stay_stock(tmp_path):
     path = write_checkpoint(tiny_config("llama"), tmp_path / "m")
-    config = json.loads((path / "config.json").read_text())
-    bf16 = load_file(path.parent / "model.safetensors")
-    fp8 = load_file(path / "model.safetensors")
-    prefix = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"
-    mixed = {k: v for k, v in fp8.items() if not k.startswith(prefix)}
-    mixed |= {k: v for k, v in bf16.items() if k.startswith(prefix)}
-    save_file(mixed, path / "model.safetensors", metadata={"format": "pt"})
-    config["quantization_config"]["ignore"] += list(prefix)
-    (path / "config.json").write_text(json.dumps(config))
+    keep_bf16(path, "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
     report = Loaded(path).report
     assert [norm.name for norm in report.norms if norm.reason] == [
         "model.layers.1.post_attention_layernorm",
@@ -142,6 +160,31 @@ def test_lora_keeps_norms_stock(checkpoint):
     report = Loaded(checkpoint("llama"), enable_lora=True, max_lora_rank=8).report
     assert not report.fused and report.linears == 8
     assert {norm.reason for norm in report.norms} == {"LoRA adapters read the norm's output unquantized"}
+    assert not report.fused_activations
+    reasons = {activation.reason for activation in report.activations}
+    assert reasons == {"LoRA adapters read the activation's output unquantized"}
+
+
+def test_an_activation_whose_linear_is_not_fp8_stays_the_object_that_vllm_made(tmp_path):
+    path = write_checkpoint(tiny_config("llama"), tmp_path / "m")
+    keep_bf16(path, "model.layers.0.mlp.down_proj")
+    loaded = Loaded(path)
+    first, second = loaded.report.activations
+    assert first.reason.startswith("its output is read by aten.") and not second.reason
+    assert "down_proj" in first.reason
+    assert type(loaded.model.get_submodule(first.name)) is SiluAndMul
+    assert str(loaded.report).endswith("7 packed FP8 linears; 1 of 2 SiluAndMul layers fused")
+
+
+def test_a_replaced_activation_is_left_in_place(checkpoint, monkeypatch):
+    class OtherSiluAndMul(SiluAndMul):
+        pass
+
+    monkeypatch.setitem(op_registry_oot, "SiluAndMul", OtherSiluAndMul)
+    loaded = Loaded(checkpoint("llama"))
+    assert {a.reason for a in loaded.report.activations} == {"OtherSiluAndMul is not vLLM's SiluAndMul"}
+    assert type(loaded.model.get_submodule("model.layers.0.mlp.act_fn")) is OtherSiluAndMul
+    assert len(loaded.report.fused) == 4
 
 
 def test_strict_refuses_an_unfused_decoder_norm(checkpoint, monkeypatch):

@@ -108,7 +108,7 @@ def test_plain_and_packed_input_give_the_exact_product(weight_key, shape, with_b
     expected = packed.dequantize(rows, torch.float64) @ weight.double().t()
     if bias is not None:
         expected = expected + bias.double()
-    for given in (x, PackedActivation.of(rows, x)):
+    for given in (x, PackedActivation.of(rows, x.dtype)):
         got = kernel.apply_weights(layer, given, bias)
         assert got.dtype == torch.bfloat16 and got.shape == (*shape[:-1], N)
         # Rounded to bf16's 8 bits at the end.
@@ -147,7 +147,7 @@ def test_wrong_input_is_refused():
     x = torch.randn(2, H + 4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"packed: expected last dimension 100 \(H = 96 codes"):
         kernel.apply_weights(layer, x)
-    wide = PackedActivation.of(ops.rms_norm_quant(x, None), x)
+    wide = PackedActivation.of(ops.rms_norm_quant(x, None), x.dtype)
     with pytest.raises(ValueError, match="packed: expected last dimension 100"):
         kernel.apply_weights(layer, wide)
     wide.quant_key = kFp8DynamicTokenSym

@@ -13,7 +13,8 @@ import vllm_neuron_rmsq
 from vllm_neuron_rmsq import reference
 from vllm_neuron_rmsq.integrations.vllm import schemes
 from vllm_neuron_rmsq.integrations.vllm.activation import PACKED_KEY, PackedActivation
-from vllm_neuron_rmsq.integrations.vllm.rms_norm import Binding, RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm.schemes import Binding
 from vllm_neuron_rmsq.target import TRN2
 
 H = 96

@@ -1,7 +1,7 @@
-"""What a fused norm hands to the linears behind it: vLLM's ``QuantizedActivation`` holding a packed tensor.
+"""What a fused layer hands to the linears behind it: vLLM's ``QuantizedActivation`` holding a packed tensor.
 
 Dimensions:
-    H: hidden size
+    H: features of the activation
     ...: rows (tokens)
 """
 
@@ -20,7 +20,7 @@ PACKED_KEY = QuantKey(torch.uint8, ScaleDesc(torch.float32, False, GroupShape.PE
 
 @dataclass
 class PackedActivation(QuantizedActivation):
-    """Packed rows on their way from a fused norm to its linears.
+    """Packed rows on their way from a fused layer to its linears.
 
     ``data`` is the packed tensor, ``[..., H + 4]`` uint8, written once; ``scale`` is a view of its last
     4 bytes, ``[..., 4]`` uint8. ``shape``, ``dtype`` and ``size`` are those of the activation it stands
@@ -28,9 +28,10 @@ class PackedActivation(QuantizedActivation):
     """
 
     @classmethod
-    def of(cls, packed: torch.Tensor, hidden: torch.Tensor) -> PackedActivation:
-        """Wrap what ``ops.rms_norm_quant`` made of ``hidden`` (``[..., H]``)."""
-        return cls(packed, packed[..., -fmt.SCALE_BYTES :], hidden.dtype, hidden.shape, PACKED_KEY)
+    def of(cls, packed: torch.Tensor, dtype: torch.dtype) -> PackedActivation:
+        """Wrap packed rows, ``[..., H + 4]``, of an activation ``[..., H]`` that had ``dtype``."""
+        shape = torch.Size((*packed.shape[:-1], packed.shape[-1] - fmt.SCALE_BYTES))
+        return cls(packed, packed[..., -fmt.SCALE_BYTES :], dtype, shape, PACKED_KEY)
 
     @property
     def shape(self) -> torch.Size:

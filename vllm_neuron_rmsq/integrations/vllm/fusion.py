@@ -1,9 +1,9 @@
-"""Which norm feeds which linears: find, prove, bind, report.
+"""Which norm or activation function feeds which linears: find, prove, bind, report.
 
 Names prove nothing: post-norm models use the decoder's usual attribute names for norms of outputs, routers
-read the norm beside the experts. So :mod:`.proof` runs the loaded model once. A norm is bound when its output
-was opened by packed FP8 linears and read by nobody else; any other norm stays vLLM's own, with the reason in
-the report.
+read the norm beside the experts. So :mod:`.proof` runs the loaded model once. A layer is bound when its
+output was opened by packed FP8 linears and read by nobody else; any other stays vLLM's own, with the reason
+in the report.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from torch import nn
 
 from vllm_neuron_rmsq import backends, settings, target
-from vllm_neuron_rmsq.integrations.vllm import proof, schemes, versions
+from vllm_neuron_rmsq.integrations.vllm import proof, schemes, silu_mul, versions
 from vllm_neuron_rmsq.integrations.vllm.report import FusionReport, LayerReport
-from vllm_neuron_rmsq.integrations.vllm.rms_norm import Binding, RMSNormQuant
-from vllm_neuron_rmsq.integrations.vllm.schemes import Scheme
+from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm.schemes import Binding, Scheme
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def bind(model: nn.Module, vllm_config: Any) -> FusionReport | None:
-    """Bind the norms of a freshly loaded model to the linears they feed, and report.
+    """Bind norms and activation functions of a freshly loaded model to the linears they feed, and report.
 
     The report is logged (one line at INFO, every layer at DEBUG) and kept as ``model.rmsq_report``.
 
@@ -49,29 +49,24 @@ def bind(model: nn.Module, vllm_config: Any) -> FusionReport | None:
     linears = {module: scheme for module in names if (scheme := _scheme(module))}
     report.linears = len(linears)
     report.halved = sum(getattr(module, "rmsq_halved", False) for module in linears)
-    width = vllm_config.model_config.get_hidden_size()
-    entries: dict[nn.Module, LayerReport] = {}
-    for module, name in names.items():
-        if "RMSNorm" not in type(module).__name__:
-            continue
-        decoder = re.search(r"\.\d+\.", f".{name}.") is not None and module.weight.numel() == width
-        report.norms.append(LayerReport(name, decoder))
-        if isinstance(module, RMSNormQuant):
-            entries[module] = report.norms[-1]
-        else:
-            report.norms[-1].reason = f"{type(module).__name__} is not vLLM's RMSNorm"
+    norms = _norms(names, report, vllm_config.model_config.get_hidden_size())
+    activations = _activations(names, report)
     general = _general_reason(choice, linears, vllm_config)
     if general:
-        for entry in entries.values():
-            entry.reason = general
+        for layer in norms.values():
+            layer.reason = general.format("norm")
+        for layer in activations.values():
+            layer.reason = general.format("activation")
     else:
-        for norm, finding in proof.observe(model, vllm_config, entries, linears).items():
-            assert isinstance(norm, RMSNormQuant)
-            entry = entries[norm]
-            entry.linears = [names[linear] for linear in finding.linears]
-            entry.reason = finding.reason or norm.unfit() or misfit(finding, linears, names)
-            if not entry.reason:
-                norm.binding = Binding(linears[finding.linears[0]], backend, target.get(choice.target))
+        with silu_mul.in_place(activations) as ours:
+            producers = {**norms, **dict(zip(ours, activations.values(), strict=True))}
+            for producer, finding in proof.observe(model, vllm_config, producers, linears).items():
+                layer = producers[producer]
+                layer.linears = [names[linear] for linear in finding.linears]
+                layer.reason = finding.reason or producer.unfit() or misfit(finding, linears, names)
+                if not layer.reason:
+                    scheme = linears[finding.linears[0]]
+                    producer.bind(Binding(scheme, backend, target.get(choice.target)))
     report.log()
     model.rmsq_report = report  # type: ignore[assignment]
     unfused = [entry for entry in report.norms if entry.decoder and entry.reason]
@@ -84,6 +79,36 @@ def bind(model: nn.Module, vllm_config: Any) -> FusionReport | None:
     return report
 
 
+def _norms(names: Mapping, report: FusionReport, width: int) -> dict[Any, LayerReport]:
+    """Enter every RMSNorm in the report; return those that could be fused, with their entries."""
+    norms: dict[Any, LayerReport] = {}
+    for module, name in names.items():
+        if "RMSNorm" not in type(module).__name__:
+            continue
+        decoder = re.search(r"\.\d+\.", f".{name}.") is not None and module.weight.numel() == width
+        report.norms.append(LayerReport(name, decoder=decoder))
+        if isinstance(module, RMSNormQuant):
+            norms[module] = report.norms[-1]
+        else:
+            report.norms[-1].reason = f"{type(module).__name__} is not vLLM's RMSNorm"
+    return norms
+
+
+def _activations(names: Mapping, report: FusionReport) -> dict[silu_mul.Place, LayerReport]:
+    """Enter every SiluAndMul in the report; return the places of those that could be fused."""
+    places: dict[silu_mul.Place, LayerReport] = {}
+    for parent, prefix in names.items():
+        for attribute, module in parent.named_children():
+            if "SiluAndMul" not in type(module).__name__:
+                continue
+            report.activations.append(LayerReport(f"{prefix}.{attribute}"))
+            if type(module) is versions.SiluAndMul:
+                places[silu_mul.Place(parent, attribute)] = report.activations[-1]
+            else:
+                report.activations[-1].reason = f"{type(module).__name__} is not vLLM's SiluAndMul"
+    return places
+
+
 def _scheme(module: nn.Module) -> Scheme | None:
     """The scheme of a packed FP8 linear, told by the key of the rows it takes; ``None`` for other modules."""
     key = getattr(module, "_input_quant_key", None)
@@ -91,13 +116,13 @@ def _scheme(module: nn.Module) -> Scheme | None:
 
 
 def _general_reason(choice: settings.Settings, linears: Mapping, vllm_config: Any) -> str:
-    """Why no norm of the model can be fused, or an empty string."""
+    """Why no layer of the model can be fused, "{}" being a kind of layer, or an empty string."""
     if not choice.fuse:
         return "switched off (VLLM_RMSQ_FUSE=0)"
     if not linears:
         return "the model has no FP8 linear of a supported scheme"
     if vllm_config.lora_config is not None:
-        return "LoRA adapters read the norm's output unquantized"
+        return "LoRA adapters read the {}'s output unquantized"
     return ""
 
 

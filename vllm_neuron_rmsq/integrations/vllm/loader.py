@@ -10,10 +10,10 @@ from vllm_neuron_rmsq.integrations.vllm import fusion
 
 
 def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: Any, *args, **kwargs) -> Any:
-    """Load a model by ``original``, vLLM's method, and bind its norms.
+    """Load a model by ``original``, vLLM's method, and bind its layers.
 
     Before, ``VLLM_RMSQ_*`` and ``additional_config["rmsq"]`` become the settings in force. After, they, the
-    resolved backend and the fused norms are written to ``additional_config["rmsq_graph"]``, which is part of
+    resolved backend and the fused layers are written to ``additional_config["rmsq_graph"]``, which is part of
     the key of vLLM's compilation cache: a graph compiled for one is never loaded for another.
 
     Raises:
@@ -26,7 +26,8 @@ def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: 
     model = original(loader, vllm_config, model_config, *args, **kwargs)
     report = fusion.bind(model, vllm_config)
     if isinstance(extra, dict):
-        fused = [] if report is None else [norm.name for norm in report.fused]
         backend = None if report is None else report.backend
+        layers = [] if report is None else [*report.fused, *report.fused_activations]
+        fused = [layer.name for layer in layers]
         extra["rmsq_graph"] = [__version__, repr(settings.current()), backend, fused]
     return model

@@ -54,7 +54,7 @@ class Finding:
 
 def observe(
     model: nn.Module, vllm_config: Any, producers: Iterable[nn.Module], linears: Iterable[nn.Module]
-) -> dict[nn.Module, Finding]:
+) -> dict[Any, Finding]:
     """Run ``model`` once and return what was seen of each producer's output.
 
     Args:
@@ -64,7 +64,7 @@ def observe(
         linears: the packed FP8 linears of the model.
     """
     names = {module: name for name, module in model.named_modules()}
-    findings = {producer: Finding() for producer in producers}
+    findings: dict[Any, Finding] = {producer: Finding() for producer in producers}
     reads: dict[nn.Module, list[str]] = {producer: [] for producer in findings}
     probes: dict[nn.Module, list[weakref.ref]] = {producer: [] for producer in findings}
     running: list[nn.Module] = []

@@ -14,15 +14,15 @@ class LayerReport:
 
     Attributes:
         name: its name in the model.
-        decoder: whether it normalizes the hidden state inside a decoder layer.
         linears: names of the packed FP8 linears that read its output.
         reason: why it stays stock; empty when it is fused.
+        decoder: whether it normalizes the hidden state inside a decoder layer.
     """
 
     name: str
-    decoder: bool
     linears: list[str] = field(default_factory=list)
     reason: str = ""
+    decoder: bool = False
 
 
 @dataclass
@@ -34,6 +34,7 @@ class FusionReport:
         norms: one entry per RMSNorm layer.
         linears: how many FP8 linears multiply packed rows.
         halved: how many of those had weights beyond ±240, halved for trn2.
+        activations: one entry per SiluAndMul layer, SiLU of a gate times up.
     """
 
     backend: str
@@ -41,10 +42,16 @@ class FusionReport:
     norms: list[LayerReport] = field(default_factory=list)
     linears: int = 0
     halved: int = 0
+    activations: list[LayerReport] = field(default_factory=list)
 
     @property
     def fused(self) -> list[LayerReport]:
+        """The norms that are fused."""
         return [norm for norm in self.norms if not norm.reason]
+
+    @property
+    def fused_activations(self) -> list[LayerReport]:
+        return [activation for activation in self.activations if not activation.reason]
 
     def __str__(self) -> str:
         text = (
@@ -53,13 +60,16 @@ class FusionReport:
         )
         if self.halved:
             text += f", {self.halved} with weights beyond ±240 halved"
+        if self.activations:
+            text += f"; {len(self.fused_activations)} of {len(self.activations)} SiluAndMul layers fused"
         return text
 
     def log(self) -> None:
         """Log the line at INFO, and what became of each layer, and why, at DEBUG."""
         logger.info("%s", self)
-        for norm in self.norms:
-            if norm.reason:
-                logger.debug("RMSNorm %s: stock, because %s", norm.name, norm.reason)
-            else:
-                logger.debug("RMSNorm %s: fused, feeds %s", norm.name, ", ".join(norm.linears))
+        for kind, layers in (("RMSNorm", self.norms), ("SiluAndMul", self.activations)):
+            for layer in layers:
+                if layer.reason:
+                    logger.debug("%s %s: stock, because %s", kind, layer.name, layer.reason)
+                else:
+                    logger.debug("%s %s: fused, feeds %s", kind, layer.name, ", ".join(layer.linears))

@@ -1,31 +1,19 @@
-"""The producer: stands in for vLLM's ``RMSNorm`` and, once bound, writes rows of a scheme."""
+"""The first producer: stands in for vLLM's ``RMSNorm`` and, once bound, writes rows of a scheme."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from vllm_neuron_rmsq.integrations.vllm.schemes import Scheme
+from vllm_neuron_rmsq.integrations.vllm.schemes import Binding
 from vllm_neuron_rmsq.integrations.vllm.versions import RMSNorm, TPAwareRMSNorm
 from vllm_neuron_rmsq.reference import DTYPES
-from vllm_neuron_rmsq.target import Target
-
-
-class Binding(NamedTuple):
-    """What a bound norm computes, and with what."""
-
-    scheme: Scheme
-    backend: str
-    target: Target
 
 
 class RMSNormQuant(RMSNorm):
     """vLLM's ``RMSNorm``, bit for bit, until it is bound: from then on it returns packed rows.
 
     Attributes:
-        binding: how the fused norm computes; ``None`` is the stock norm. Set only where it is proven that
-            nothing but packed FP8 linears reads the output.
+        binding: how the fused norm computes; ``None`` is the stock norm.
     """
 
     binding: Binding | None = None
@@ -47,12 +35,16 @@ class RMSNormQuant(RMSNorm):
         weight = self.weight if self.pass_weight else None
         options = {"eps": self.variance_epsilon, "backend": backend, "target": target}
         if residual is None:
-            return scheme.wrap(scheme.norm(x, weight, **options), x)
+            return scheme.wrap(scheme.norm(x, weight, **options), x.dtype)
         rows, residual_out = scheme.norm(x, weight, residual=residual, **options)
-        return scheme.wrap(rows, x), residual_out
+        return scheme.wrap(rows, x.dtype), residual_out
+
+    def bind(self, binding: Binding) -> None:
+        """Write rows from now on. Only where nothing but packed FP8 linears reads the output."""
+        self.binding = binding
 
     def unfit(self) -> str:
-        """Say why this norm could not be fused whoever reads it, or return an empty string."""
+        """Say why it could not be fused whoever reads it, or return an empty string."""
         if self.variance_size_override is not None:
             return "it normalizes by a part of the row"
         if self.weight.dtype not in DTYPES:

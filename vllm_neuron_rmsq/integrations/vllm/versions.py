@@ -34,6 +34,8 @@ NEEDED: dict[str, str | None] = {
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_epsilon": None,
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_size_override": None,
     "vllm.model_executor.models.transformers.fusers.rms_norm:TPAwareRMSNorm.forward": "self, x, residual",
+    # Activation functions
+    "vllm.model_executor.layers.activation:SiluAndMul.forward_native": "x",
     # FP8 linears
     "vllm.model_executor.kernels.linear:_POSSIBLE_FP8_KERNELS": None,
     "vllm.model_executor.kernels.linear:register_linear_kernel": "kernel_class, platform, kernel_type",

@@ -35,6 +35,7 @@ SCHEME = Scheme(
     rows=PACKED_KEY,
     wrap=PackedActivation.of,
     norm=ops.rms_norm_quant,
+    silu_mul=ops.silu_mul_quant,
     quantize=quantize,
     multiply=ops.packed_fp8_linear,
 )
