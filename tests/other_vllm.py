@@ -52,8 +52,9 @@ def missing(path: str) -> Iterator[None]:
                 if last in vars(cls).get("__dataclass_fields__", ()):
                     fields = {k: v for k, v in cls.__dataclass_fields__.items() if k != last}
                     stack.enter_context(mock.patch.object(cls, "__dataclass_fields__", fields))
-                if inspect.isfunction(vars(cls).get("__init__")):
-                    stack.enter_context(_renamed_in_code(cls.__init__, last))
+                for constructor in ("__init__", "__post_init__"):
+                    if inspect.isfunction(vars(cls).get(constructor)):
+                        stack.enter_context(_renamed_in_code(vars(cls)[constructor], last))
         yield
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 from vllm_neuron_rmsq import integrations, settings
 
 
@@ -21,5 +19,11 @@ def register() -> None:
         ValueError: a setting is unknown or has a value that is not valid.
     """
     settings.Settings.load()
-    name = "vllm_neuron" if integrations.on_neuron() else "vllm"
-    importlib.import_module(f"{integrations.__name__}.{name}").apply()
+    if integrations.on_neuron():
+        from vllm_neuron_rmsq.integrations import vllm_neuron
+
+        vllm_neuron.apply()
+    else:
+        from vllm_neuron_rmsq.integrations import vllm
+
+        vllm.apply()
