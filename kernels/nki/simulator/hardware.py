@@ -30,6 +30,7 @@ VECTOR_TRANSPOSE = 32  # [ISA] nc_transpose on VectorE: [32, 32] or smaller
 DMA_COMPUTE_SOURCES = 16  # [ISA] dma_compute
 FREE_ELEMENTS = 64 * 1024  # [T1] ScalarE: elements per partition of an instruction; sizes are 16 bits wide
 FREE_STRIDE = 2**15 - 1  # [T1] strides of the free dimensions are int16, in elements
+GPSIMD_CORE_PARTITIONS = 16  # [ISA] nonzero_with_count: SBUF partitions of each of GpSimdE's 8 cores
 BN_STATS_FREE = 512  # [ISA] bn_stats: elements per partition
 SEARCH_FREE = (8, 16384)  # [ISA] max8, nc_find_index8: elements per partition
 FP32_MIN = -3.4028234663852886e38  # [ISA] range_select: what a deselected element becomes

@@ -26,8 +26,9 @@ class NKIObject:
     """Base class of the classes a kernel may use; a class without ``__init__`` takes its annotated fields.
 
     As the language guide has it ("Class Support"): in the order of the annotations, by place or by name, None
-    where a field has no default; then ``__post_init__`` is called. NKI's compiler takes attributes without an
-    annotation for fields too, also under ``@dataclass``: here they get one.
+    where a field has no default; then ``__post_init__`` is called. NKI's compiler does the same under
+    ``@dataclass``, and takes attributes without an annotation for fields too: here they get one, and the
+    fields their None.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -37,6 +38,9 @@ class NKIObject:
             plain = value is None or isinstance(value, (bool, int, float, str, tuple, Enum))
             if plain and name not in fields and not name.startswith("__"):
                 fields[name] = Any
+        for name in fields:
+            if name not in vars(cls):
+                setattr(cls, name, None)
         cls.__annotations__ = fields
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -258,10 +258,11 @@ def test_an_object_without_init_takes_its_annotated_fields():
 class Untyped(nl.NKIObject):
     rows = None
     factor: float = 2.0
+    last: int
 
 
 def test_attributes_without_annotation_are_fields_too():
-    assert (Untyped(rows=3).rows, Untyped().factor) == (3, 2.0)
+    assert (Untyped(rows=3).rows, Untyped().factor, Untyped().last) == (3, 2.0, None)
 
 
 def test_versions_are_in_order_and_constants_have_a_module():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from nki_simulated import RNG, nisa, nl, normal, run, sbuf
 
 
@@ -129,3 +130,21 @@ def test_stream_shuffle_moves_partitions_inside_each_quadrant():
             nisa.nc_stream_shuffle(d[start : start + 32], a[0:1], [0] * 32)
 
     np.testing.assert_array_equal(run(first_to_all, (64, 3), nl.float32, x), x[[0] * 64])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_nonzero_with_count_works_on_one_partition_of_each_core(dtype):
+    x = np.zeros((33, 8), dtype)
+    x[0, [1, 2, 5]] = x[16, 7] = x[17] = 1  # partition 17 is nobody's first
+
+    def step(d, a):
+        nisa.memset(d, 9)
+        nisa.nonzero_with_count(d, a, index_offset=16, padding_val=-1)
+
+    want = np.full((33, 9), 9)
+    want[0], want[16], want[32] = (
+        [17, 18, 21, -1, -1, -1, -1, -1, 3],
+        [23] + [-1] * 7 + [1],
+        [-1] * 8 + [0],
+    )
+    np.testing.assert_array_equal(run(step, (33, 9), nl.int32, x), want)

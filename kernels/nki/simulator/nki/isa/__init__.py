@@ -30,7 +30,7 @@ from .constants import (
 )
 from .copies import memset, nc_stream_shuffle, tensor_copy
 from .dma import core_barrier, dma_compute, dma_copy, dma_transpose, sendrecv
-from .gpsimd import affine_select, iota
+from .gpsimd import affine_select, iota, nonzero_with_count
 from .instruction import NkiInstruction
 from .registers import register_alloc, register_load, register_move, register_store
 from .scalar import activation, activation_reduce
@@ -85,6 +85,7 @@ __all__ = [
     "nc_stream_shuffle",
     "nc_transpose",
     "nc_version",
+    "nonzero_with_count",
     "oob_mode",
     "range_select",
     "reciprocal",

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ... import cost_model, dtypes, ops
-from ...operands import check, numbers, operator, put, put_bits, same_partitions, tile
+from ... import cost_model, dtypes, hardware, ops
+from ... import machine as _machine
+from ...operands import bits, check, numbers, operator, put, put_bits, same_partitions, tile
 from ...tensor import NkiTensor
 from .instruction import Busy, instruction
 
@@ -27,6 +28,29 @@ def iota(
     values = _affine(dst, pattern, offset, channel_multiplier)
     put_bits(dst, values) if dst.dtype in dtypes.INTEGERS else put(dst, values.astype(np.float32))
     return Busy(cost_model.gpsimd_cycles(dst.free_size), (dst,))
+
+
+@instruction(engine="gpsimd")
+def nonzero_with_count(
+    dst: NkiTensor, src: NkiTensor, index_offset: int = 0, padding_val: int = -1, name: str | None = None
+) -> Busy:
+    """Indices of the elements that are not 0, then padding, then their number: one row of each GpSimdE core.
+
+    Only partitions 0, 16, 32, ... are read and written; each of `dst` holds one element more than `src`.
+    """
+    here = _machine.current().target
+    check(here.generation != "gen2", "engine", "NeuronCore-v3 or newer", here.generation)
+    dst = tile("dst", dst, ("sbuf",), ("int32",))
+    src = tile("src", src, ("sbuf",), ("float32", "int32"))
+    n = src.free_size
+    fits = dst.shape[0] == src.shape[0] and dst.free_size == n + 1
+    check(fits, "dst", f"{src.shape[0]} partitions of {n + 1} elements", dst)
+    for p in range(0, src.shape[0], hardware.GPSIMD_CORE_PARTITIONS):
+        found = np.flatnonzero(bits("src", src.slice(0, p, p + 1))[0]).astype(np.int32)
+        row = np.full(n + 1, padding_val, np.int32)
+        row[: len(found)], row[n] = found + np.int32(index_offset), len(found)
+        put_bits(dst.slice(0, p, p + 1), row)
+    return Busy(cost_model.gpsimd_cycles(n), (dst, src))
 
 
 def _affine(dst: NkiTensor, pattern: Any, offset: int, multiplier: int) -> np.ndarray:
