@@ -45,11 +45,13 @@ def nonzero_with_count(
     n = src.free_size
     fits = dst.shape[0] == src.shape[0] and dst.free_size == n + 1
     check(fits, "dst", f"{src.shape[0]} partitions of {n + 1} elements", dst)
-    for p in range(0, src.shape[0], hardware.GPSIMD_CORE_PARTITIONS):
-        found = np.flatnonzero(bits("src", src.slice(0, p, p + 1))[0]).astype(np.int32)
-        row = np.full(n + 1, padding_val, np.int32)
-        row[: len(found)], row[n] = found + np.int32(index_offset), len(found)
-        put_bits(dst.slice(0, p, p + 1), row)
+    step = hardware.GPSIMD_CORE_PARTITIONS
+    rows = bits("src", src.slice(0, 0, src.shape[0], step))
+    result = np.full((len(rows), n + 1), padding_val, np.int32)
+    for row, out in zip(rows, result, strict=True):
+        found = np.flatnonzero(row)
+        out[: len(found)], out[n] = found + index_offset, len(found)
+    put_bits(dst.slice(0, 0, dst.shape[0], step), result)
     return Busy(cost_model.gpsimd_cycles(n), (dst, src))
 
 
