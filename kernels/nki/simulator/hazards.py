@@ -87,23 +87,21 @@ class Hazards:
     """Who wrote and read which bytes; what a new instruction therefore depends on."""
 
     def __init__(self) -> None:
-        self._writers: dict[object, list[tuple[Region, int, str]]] = defaultdict(list)
-        self._readers: dict[object, list[tuple[Region, int, str]]] = defaultdict(list)
+        self._writers: dict[object, list[tuple[Region, int]]] = defaultdict(list)
+        self._readers: dict[object, list[tuple[Region, int]]] = defaultdict(list)
 
-    def note(
-        self, index: int, engine: str, reads: Iterable[Region], writes: Iterable[Region]
-    ) -> dict[int, str]:
-        """Enter instruction `index` of `engine`: the instructions it depends on, and why."""
+    def note(self, index: int, reads: Iterable[Region], writes: Iterable[Region]) -> dict[int, str]:
+        """Enter instruction `index`: the instructions it depends on, and why."""
         found: dict[int, str] = {}
         for region in reads:
-            for seen, by, _ in self._writers[region.space]:
+            for seen, by in self._writers[region.space]:
                 if seen.overlaps(region):
                     found[by] = READ_AFTER_WRITE
         for region in writes:
-            for seen, by, _ in self._readers[region.space]:
+            for seen, by in self._readers[region.space]:
                 if by not in found and seen.overlaps(region):
                     found[by] = WRITE_AFTER_READ
-            for seen, by, _ in self._writers[region.space]:
+            for seen, by in self._writers[region.space]:
                 if by not in found and seen.overlaps(region):
                     found[by] = WRITE_AFTER_WRITE
         # What a later access of these bytes waits for need not be looked at again: whoever waits for the
@@ -111,10 +109,9 @@ class Hazards:
         for region in writes:
             for table in (self._writers, self._readers):
                 table[region.space] = [e for e in table[region.space] if not region.covers(e[0])]
-            self._writers[region.space].append((region, index, engine))
+            self._writers[region.space].append((region, index))
         for region in reads:
-            kept = [e for e in self._readers[region.space] if e[2] != engine or not region.covers(e[0])]
-            self._readers[region.space] = [*kept, (region, index, engine)]
+            self._readers[region.space].append((region, index))
         found.pop(index, None)
         return found
 

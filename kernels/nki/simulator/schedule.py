@@ -74,7 +74,7 @@ class Program:
         line: str,
     ) -> None:
         """The next instruction, and the bytes it touches."""
-        depends = self._hazards.note(len(self.instructions), engine, reads, writes)
+        depends = self._hazards.note(len(self.instructions), reads, writes)
         self.instructions.append(Instruction(name, engine, us, careful_us, shared_port, depends, line))
 
 

@@ -149,6 +149,21 @@ def test_an_engine_in_order_stalls_behind_a_waiting_instruction():
     assert starts(steps(body, reorder=True)) == pytest.approx([0, first, late, first + SEMAPHORE])
 
 
+def test_a_free_order_keeps_the_bytes_order():
+    """ScalarE's second reading of a may come first; what overwrites a waits for both all the same."""
+
+    def body(x, y):
+        a, b = filled(), tile()
+        vector(b, a)
+        nisa.activation(tile(), nl.copy, a, scale=b[:, 0:1])  # 2: waits for VectorE 1
+        scalar(tile(), a)  # 3: need not
+        nisa.memset(a, 2.0, engine=nisa.engine.gpsimd)
+
+    schedule = steps(body, reorder=True)
+    assert schedule.steps[3].start < schedule.steps[2].start
+    assert schedule.steps[4].start > max(schedule.steps[i].end for i in (1, 2, 3))
+
+
 def test_queues_share_the_bandwidth_and_have_a_latency():
     rows, columns = 128, 4096
     us = rows * columns * 4 / (16 * 23.0) / 1e3
