@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PYTEST := .venv/bin/python -m pytest
-CPP := $(shell git ls-files 'kernels/cpu/*.cpp' 'kernels/cpu/*.h' 2>/dev/null)
+CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -115,7 +115,7 @@ def assert_codes(codes: np.ndarray, expected: Expected) -> int:
         How many went the other way.
     """
     exact = to_fp8(expected.scaled)
-    differ = (codes != exact) & ((codes | exact) & 0x7F != 0)  # the sign of a zero is nobody's business
+    differ = (codes != exact) & ((codes | exact) & 0x7F != 0)  # the sign of a zero does not count
     if differ.any():
         got, want, value = codes[differ], exact[differ], expected.scaled[differ]
         assert not ((got & 0x7F) == 0x7F).any(), "NaN code in a finite row"

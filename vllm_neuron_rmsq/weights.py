@@ -76,7 +76,7 @@ def fit(codes: torch.Tensor, scale: torch.Tensor, target: Target) -> Fitted:
 def halve(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring FP8 weights of the OCP range (±448) within Trainium2's (±240): half the codes, twice the scale.
 
-    Exact but for the odd ones among the smallest subnormals, which round to even; the customary factor
+    Exact but for odd codes among the subnormals, which round to even; the usual factor
     240/448 rounds nearly every weight anew.
 
     Args:

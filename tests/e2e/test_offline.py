@@ -50,7 +50,7 @@ def logprobs(llm, tokens):
 def test_answers(llm):
     from vllm import SamplingParams
 
-    # Questions whose first word is no coin toss. Asked "What is the capital of France?", this model gives
+    # Questions whose first word is clear. Asked "What is the capital of France?", this model gives
     # "The" 0.25 nats more than "L" in bf16, and one rounding more or less moves them by as much.
     questions = ["Complete: The capital of France is", "What is the capital of Japan?"]
     chats = [[{"role": "user", "content": question}] for question in questions]

@@ -90,7 +90,7 @@ def test_fuses_exactly_the_layers_that_feed_fp8_linears(model_type, checkpoint, 
     assert not unfused.report.fused and not unfused.report.fused_activations
     assert unfused.report.linears == report.linears
     stock = unfused.logits()
-    if pairs or activations:  # how close is for test_offline.py to say; here, that nothing is grossly wrong
+    if pairs or activations:  # how close, test_offline.py says; here, that nothing is grossly wrong
         assert torch.nn.functional.cosine_similarity(logits, stock).min() > 0.97
         assert not torch.equal(logits, stock)
     for activation in unfused.report.activations:

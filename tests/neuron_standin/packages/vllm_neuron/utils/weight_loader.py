@@ -1,4 +1,4 @@
-"""Loaders hang on parameters."""
+"""Loaders are attributes of parameters."""
 
 from __future__ import annotations
 
