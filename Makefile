@@ -30,8 +30,8 @@ format: setup ## rewrite the sources as lint wants them
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CPP)
 
-fast: setup ## the tests that start no server, engine or other program; under a minute
-	$(PYTEST) -q -m "not neuron and not slow and not engine" --hypothesis-profile=fast
+fast: setup ## each test that starts no engine, server or other program, once: under a minute
+	$(PYTEST) -q -m "not neuron and not slow and not engine" --once --hypothesis-profile=fast
 
 test-slow: setup ## only the long matrices, which `test` leaves out
 	$(PYTEST) -m slow

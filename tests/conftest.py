@@ -19,11 +19,24 @@ hypothesis.settings.register_profile("fast", deadline=None, max_examples=10)
 hypothesis.settings.load_profile("default")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever is under ``tests/e2e/`` starts vLLM's engine or a server: ``make fast`` leaves it out."""
-    for item in items:
-        if "e2e" in item.path.parts:
-            item.add_marker(pytest.mark.engine)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--once", action="store_true", help="each test with the first of its parameters only")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what is under ``tests/e2e/``, and whatever needs SmolLM2, which may have to be fetched."""
+    if "e2e" in item.path.parts or {"smollm2_bf16", "smollm2_fp8"} & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.engine)
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Obey ``--once``."""
+    if config.getoption("--once"):
+        first = set({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())
+        chosen, others = [i for i in items if i in first], [i for i in items if i not in first]
+        config.hook.pytest_deselected(items=others)
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session")

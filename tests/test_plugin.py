@@ -25,6 +25,7 @@ print(applied, ours)
 """
 
 
+@pytest.mark.engine
 def test_on_neuron_its_own_integration_and_nothing_of_the_other():
     run = subprocess.run([sys.executable, "-c", ON_NEURON], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
