@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 ON_NEURON = """
 import sys, types
 import vllm.platforms

@@ -15,3 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for what these tests share
 def tokens() -> list[int]:
     """A prompt of 16 tokens and 12 more to decode."""
     return torch.randint(3, 256, (28,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests that run the stand-in for vLLM Neuron, which is a program of its own."""
+    module = item.getparent(pytest.Module)
+    if module is not None and "drive" in vars(module.obj):
+        item.add_marker(pytest.mark.engine)
