@@ -154,7 +154,7 @@ def generate(job: dict[str, Any], **environment: str) -> dict[str, Any]:
             cause = errors[0] if errors else "its log names no error"
             raise RuntimeError(f"the engine ended with {done.returncode}: {cause}\n{text[-8000:]}")
         result = json.loads(out.read_text())
-        result["report"] = [line for line in text.splitlines() if "packed FP8 linears" in line]
+        result["report"] = [line for line in text.splitlines() if re.search("(layers|norms) fused", line)]
         return result
 
 
