@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from vllm_neuron_rmsq import backends
 from vllm_neuron_rmsq.cli import smollm2
 
 # vLLM would take nine tenths of the machine for each engine's KV cache; 1 GiB is plenty here.
@@ -55,3 +56,11 @@ def smollm2_bf16(cache: Path) -> Path:
 def smollm2_fp8(cache: Path) -> Path:
     """Checkpoint directory of SmolLM2-135M-Instruct in FP8, codes within ±240."""
     return smollm2.fp8(cache)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that need Trainium, asked for where there is none, say what is missing."""
+    if item.get_closest_marker("neuron"):
+        reason = backends.unavailable("nki")
+        if reason is not None:
+            pytest.skip(reason)
