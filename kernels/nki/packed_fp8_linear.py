@@ -45,7 +45,8 @@ PIECES = 4  # most parts in which rows and weight arrive: the first matmul need 
 FEW_ROWS_PIECES = 8  # with few rows, when what follows the last byte counts
 PIECE_BYTES = 2048  # of weight per partition; below, issuing a transfer takes longer than its bytes
 FEW_ROWS = 128  # up to here TensorE, which has the time, transposes rows; DMA is slow with few
-TRANSPOSE_BANKS = 2  # of PSUM, then
+LINE_BYTES = 512  # of few rows' codes on a partition: parts of a row on several, but no shorter than that
+TRANSPOSE_BANKS = 2  # of PSUM, for TensorE's transposes
 STAGES = 4, 16  # least and most pieces of rows on their way to TensorE ...
 STAGE_BYTES = 16384  # ... and how many bytes per partition are worth it
 RESULTS = 4  # tiles of results on their way out
@@ -220,7 +221,8 @@ class _Plan(nl.NKIObject):
         weight_buffers: blocks of weight in SBUF.
         resident: they are all of this program's: each is loaded once.
         tiles, row_tiles: tiles of 128 rows, in all and in a row block, which shares a pass over the weight.
-        few_rows: TensorE transposes them; fetched tiles are in SBUF before that.
+        few_rows: TensorE transposes them. Before that they are in SBUF, each row cut into parts: lines of
+            line_chunks chunks, each on a partition of its own.
         stages: pieces of rows on their way.
         stacked: results of so many blocks lie below one another on the partitions and leave in one transfer.
         row_buffers: tiles of rows in SBUF: two row blocks where there is room, else one.
@@ -249,16 +251,24 @@ class _Plan(nl.NKIObject):
         self.resident = self.weight_buffers == mine
         room = nl.tile_size.sbuf_fmax_bytes - SBUF_RESERVE - RESULTS * 4 * self.columns
         room -= self.weight_buffers * block_bytes
-        row_bytes = self.chunks * self.partitions * 2
         piece_bytes = self.piece_chunks * 2 * self.pitch
         tile_bytes = self.pieces * piece_bytes
 
-        # On their way rows take a stage a piece; and before that, where need be, SBUF as they are in HBM.
-        self.fetched = min(2, self.tiles)
-        self.few_rows = rows <= FEW_ROWS and self.fetched * row_bytes + 2 * tile_bytes <= room
+        # On their way rows take a stage a piece, few rows one for all.
+        self.parts = 1
+        if in_features == self.chunks * self.partitions * 2:
+            while (
+                min(rows, pmax) * self.parts * 2 <= pmax
+                and self.chunks % (self.parts * 2) == 0
+                and in_features >= self.parts * 2 * LINE_BYTES
+            ):
+                self.parts *= 2
+        self.line_chunks = self.chunks // self.parts
+        self.stages = min(2, self.tiles)
+        spent = self.stages * (self.line_chunks * self.partitions * 2 + tile_bytes)
+        self.few_rows = DEINTERLEAVE and rows <= FEW_ROWS and spent + tile_bytes <= room
         if self.few_rows:
-            self.stages = self.pieces
-            room -= self.fetched * row_bytes + tile_bytes
+            room -= spent
         else:
             if in_features % 2 == 1:
                 piece_bytes += self.piece_chunks * self.partitions * 2
@@ -395,19 +405,8 @@ class _Rows(nl.NKIObject):
         self.plan = plan
         self.source = packed
         self.fp8 = fp8
-        self.pieces, self.scales, self.stages, self.padded = [], [], [], []
+        self.pieces, self.scales, self.stages, self.loaded, self.banks = [], [], [], [], []
         self.turn = 0
-        self.banks = []
-        if plan.few_rows:
-            fetched = (pmax, plan.chunks * plan.partitions * 2)
-            for _ in range(plan.fetched):
-                self.padded.append(nl.ndarray(fetched, dtype=nl.uint8, buffer=nl.sbuf))
-            for _ in range(TRANSPOSE_BANKS):
-                bank = (pmax, nl.tile_size.psum_bank_fmax * 2)
-                self.banks.append(nl.ndarray(bank, dtype=nl.bfloat16, buffer=nl.psum))
-        self.bank = 0
-        staged = (plan.partitions, plan.piece_chunks, plan.pitch)
-        padded = (pmax, plan.piece_chunks * plan.partitions * 2)
         for _ in range(plan.row_buffers):
             pieces = []
             for piece in range(plan.pieces):
@@ -416,10 +415,18 @@ class _Rows(nl.NKIObject):
                 pieces.append(nl.ndarray(apart, dtype=nl.uint8, buffer=nl.sbuf))
             self.pieces.append(pieces)
             self.scales.append(nl.ndarray((pmax, 1), dtype=nl.float32, buffer=nl.sbuf))
+        staged = plan.chunks if plan.few_rows else plan.piece_chunks
+        loaded = plan.line_chunks if plan.few_rows else plan.piece_chunks
         for _ in range(plan.stages):
-            self.stages.append(nl.ndarray(staged, dtype=nl.bfloat16, buffer=nl.sbuf))
-            if plan.in_features % 2 == 1 and not plan.few_rows:
-                self.padded.append(nl.ndarray(padded, dtype=nl.uint8, buffer=nl.sbuf))
+            stage = (plan.partitions, staged, plan.pitch)
+            self.stages.append(nl.ndarray(stage, dtype=nl.bfloat16, buffer=nl.sbuf))
+            if plan.few_rows or plan.in_features % 2 == 1:
+                codes = (pmax, loaded * plan.partitions * 2)
+                self.loaded.append(nl.ndarray(codes, dtype=nl.uint8, buffer=nl.sbuf))
+        if plan.few_rows:
+            for _ in range(TRANSPOSE_BANKS):
+                bank = (pmax, nl.tile_size.psum_bank_fmax * 2)
+                self.banks.append(nl.ndarray(bank, dtype=nl.bfloat16, buffer=nl.psum))
 
     def load(self, tile: int):
         """Load a tile: its scales, then its codes piece after piece."""
@@ -438,81 +445,95 @@ class _Rows(nl.NKIObject):
         )
 
     def fetch(self, tile: int):
-        """Load few rows' codes, all in one transfer; of more rows the pieces come one by one."""
+        """Load few rows' codes, all in one transfer, and transpose them; of more rows pieces come one by one.
+
+        TensorE takes a chunk of every line at a time: of ``rows * parts`` columns, part after part.
+        """
         if not self.plan.few_rows:
             return
         start, stop = self.plan.rows_of(tile)
-        width = self.plan.in_features
-        codes = self.padded[tile % self.plan.fetched][0 : stop - start, :]
-        nisa.dma_copy(dst=codes[:, 0:width], src=self.source.view(nl.uint8)[start:stop, 0:width])
+        rows, parts, width = stop - start, self.plan.parts, self.plan.in_features
+        lines, partitions, chunks = rows * parts, self.plan.partitions, self.plan.line_chunks
+        codes = self.loaded[tile % self.plan.stages][0:lines, :]
+        nisa.dma_copy(
+            dst=codes[:, 0 : width // parts],
+            src=self.source.view(nl.uint8)[start:stop, 0:width].reshape_dim(1, (parts, width // parts)),
+        )
         if width % 2 == 1:
             nisa.memset(codes[:, width : width + 1], 0, engine=nisa.engine.gpsimd)
+        pairs = codes.view(nl.bfloat16)
+        stage = self.stages[tile % self.plan.stages].reshape_dim(1, (parts, chunks))
+        stage = stage[:, :, :, 0:rows].permute((0, 2, 3, 1))  # [P, chunks, rows, parts]
+        pitch = _aligned(lines)
+        together = nl.tile_size.psum_bank_fmax * 2 // pitch
+        for first in range(0, chunks, together):
+            last = min(first + together, chunks)
+            bank = self.banks[first // together % TRANSPOSE_BANKS][:, 0 : together * pitch]
+            bank = bank.reshape_dim(1, (together, pitch))[:, :, 0:lines]
+            for chunk in range(first, last):
+                used = self.plan.pairs_in(chunk)
+                nisa.nc_transpose(
+                    dst=bank[0:used, chunk - first, :],
+                    data=pairs[:, chunk * partitions : chunk * partitions + used],
+                    engine=nisa.engine.tensor,
+                )
+            for span in self._spans(first, last):
+                start, stop, used = span
+                nisa.tensor_copy(
+                    dst=stage[0:used, start:stop, :, :],
+                    src=bank[0:used, start - first : stop - first, :].reshape_dim(2, (rows, parts)),
+                    engine=nisa.engine.vector,
+                )
 
     def load_piece(self, tile: int, piece: int):
         """Load and transpose some chunks of a tile, as 2-byte pairs, then put the pairs' halves apart."""
-        start, stop = self.plan.rows_of(tile)
-        rows = stop - start
-        stage = self.stages[self.turn % self.plan.stages] if DEINTERLEAVE else self._interleaved(tile, piece)
-        pairs = self._pairs(start, stop, piece)
+        first_row, last_row = self.plan.rows_of(tile)
+        rows = last_row - first_row
         first, last = self.plan.chunks_of(piece)
-        partitions = self.plan.partitions
-        whole = pairs.shape[1] // partitions
-        if whole > 0:
-            source = pairs[:, 0 : whole * partitions].reshape_dim(1, (whole, partitions))
-            self._transpose(stage[:, 0:whole, 0:rows], source)
-            self._take_apart(tile, piece, stage[:, 0:whole, :], 0, rows)
-        if whole < last - first:
-            source = pairs[:, whole * partitions : pairs.shape[1]]
-            used = source.shape[1]
-            self._transpose(stage[0:used, whole : whole + 1, 0:rows], source.reshape_dim(1, (1, used)))
-            self._take_apart(tile, piece, stage[0:used, whole : whole + 1, :], whole, rows)
+        if self.plan.few_rows:
+            stage = self.stages[tile % self.plan.stages][:, first:last, :]
+        elif DEINTERLEAVE:
+            stage = self.stages[self.turn % self.plan.stages]
+        else:
+            stage = self._interleaved(tile, piece)
+        if not self.plan.few_rows:
+            pairs = self._pairs(first_row, last_row, first, last)
+        for span in self._spans(first, last):
+            start, stop, used = span
+            part = stage[0:used, start - first : stop - first, :]
+            if not self.plan.few_rows:
+                at = (start - first) * self.plan.partitions
+                source = pairs[:, at : at + (stop - start) * used].reshape_dim(1, (stop - start, used))
+                nisa.dma_transpose(dst=part[:, :, 0:rows], src=source, axes=(2, 1, 0))
+            self._take_apart(tile, piece, part, start - first, rows)
         self.turn += 1
 
-    def _pairs(self, start: int, stop: int, piece: int):
-        """Return pairs of codes, ``[rows, pairs]`` as bf16 (nothing computes with them), of a piece's chunks.
+    def _spans(self, first: int, last: int):
+        """Return chunks ``first <= chunk < last`` as (start, stop, partitions): the last can have fewer."""
+        used, partitions = self.plan.pairs_in(last - 1), self.plan.partitions
+        if used == partitions:
+            return [(first, last, partitions)]
+        if first + 1 == last:
+            return [(first, last, used)]
+        return [(first, last - 1, partitions), (last - 1, last, used)]
 
-        They are in HBM. An odd H leaves no 2-byte view of them there, and TensorE reads SBUF: copies lie in
-        SBUF then, with a zero up to a whole pair.
+    def _pairs(self, start: int, stop: int, first: int, last: int):
+        """Return pairs of codes, ``[rows, pairs]`` as bf16 (nothing computes with them), of some chunks.
+
+        They are in HBM. An odd H leaves no 2-byte view of them there: copies lie in SBUF then, with a zero up
+        to a whole pair.
         """
-        first, last = self.plan.chunks_of(piece)
         at, end = first * self.plan.partitions * 2, last * self.plan.partitions * 2
         end = min(end, self.plan.in_features)
-        whole = (end - at + 1) // 2 * 2
-        if self.plan.few_rows:
-            fetched = self.padded[start // nl.tile_size.pmax % self.plan.fetched]
-            return fetched[0 : stop - start, at : at + whole].view(nl.bfloat16)
         source = self.source.view(nl.uint8)[start:stop, at:end]
         if self.plan.in_features % 2 == 0:
             return source.view(nl.bfloat16)
-        padded = self.padded[self.turn % self.plan.stages][0 : stop - start, 0:whole]
+        whole = (end - at + 1) // 2 * 2
+        loaded = self.loaded[self.turn % self.plan.stages][0 : stop - start, 0:whole]
         if end - at < whole:
-            nisa.memset(padded[:, end - at : whole], 0, engine=nisa.engine.gpsimd)
-        nisa.dma_copy(dst=padded[:, 0 : end - at], src=source)
-        return padded.view(nl.bfloat16)
-
-    def _transpose(self, dst, source):
-        """``dst [p, chunks, rows] = source [rows, chunks, p]``, pairs of codes as they are."""
-        if not self.plan.few_rows:
-            nisa.dma_transpose(dst=dst, src=source, axes=(2, 1, 0))
-            return
-        used, chunks, rows = dst.shape
-        together = nl.tile_size.psum_bank_fmax * 2 // self.plan.pitch
-        for first in range(0, chunks, together):
-            last = min(first + together, chunks)
-            bank = self.banks[self.bank % TRANSPOSE_BANKS][:, 0 : together * self.plan.pitch]
-            bank = bank.reshape_dim(1, (together, self.plan.pitch))
-            for chunk in range(first, last):
-                nisa.nc_transpose(
-                    dst=bank[0:used, chunk - first, 0:rows],
-                    data=source[:, chunk, :],
-                    engine=nisa.engine.tensor,
-                )
-            nisa.tensor_copy(
-                dst=dst[:, first:last, :],
-                src=bank[0:used, 0 : last - first, 0:rows],
-                engine=nisa.engine.vector,
-            )
-            self.bank += 1
+            nisa.memset(loaded[:, end - at : whole], 0, engine=nisa.engine.gpsimd)
+        nisa.dma_copy(dst=loaded[:, 0 : end - at], src=source)
+        return loaded.view(nl.bfloat16)
 
     def _take_apart(self, tile: int, piece: int, stage, chunk: int, rows: int):
         """Copy pairs ``[p, chunks, pitch]`` to where even and odd input features lie apart, byte by byte.
