@@ -91,9 +91,14 @@ CASES = [
     linear(1, 8192, 1280, goal=18),
     linear(64, 4096, 28672, goal=1.1 * dma_us(4096 * 28672)),  # 1.1 times its weight's stream
     linear(2048, 8192, 1280, goal=165),
+    linear(1, 8192, 7168),
     linear(32, 8192, 7168),
+    linear(64, 8192, 1280),
     linear(512, 8192, 1280),
     silu(2048, 14336, goal=1.5 * dma_us(2048 * (5 * 14336 + 4))),  # 1.5 times its DMA roof
+    silu(2048, 3584),
+    silu(1, 14336),
+    silu(64, 14336),
     silu(16, 3584),
 ]
 
