@@ -6,7 +6,7 @@
 //     Lanes           16 fp32: load, store, splat, + * /, fma(x, y, z) = x * y + z rounded once
 //     clip, clamp     into ±limit; into [low, high]
 //     peak            largest magnitude; by bits, so that NaN counts as larger than anything
-//     low_bits_to_exponent    2^(b - 127) of the low 8 bits b, 1..254, of each lane
+//     power_of_eighths    2^(k/8) of the whole number k, -1008..1023, in the low bits of each lane
 //     Totals          16 fp64 sums of Lanes
 //     Pair            32 elements: load_pair, store_pair of a dtype, store_codes (FP8)
 //
@@ -41,6 +41,12 @@ template <Dtype D> constexpr int64_t kBytes = sizeof(typename Element<D>::word);
 // multiply-add.)
 constexpr uint32_t kSmallestExponent = 121u << 23;
 constexpr float kAddend = 0x1p20f + 19;
+
+// For power_of_eighths: the bits of 2^(j/8), j = k % 8, less j << 20, so that adding k << 20 adds k / 8,
+// rounded down, to the exponent. Twice over, for those who look up four bits.
+alignas(64) constexpr uint32_t kEighths[16] = {
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 
 }  // namespace
 }  // namespace RMSQ_ISA

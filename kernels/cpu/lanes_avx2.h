@@ -41,12 +41,13 @@ inline Lanes clamp(Lanes x, Lanes low, Lanes high) {
          _mm256_max_ps(_mm256_min_ps(x.v[1], high.v[1]), low.v[1])}};
 }
 
-inline __m256 low_bits_to_exponent(__m256 x) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+inline __m256 power_of_eighths(__m256 x) {
+    const __m256i k = _mm256_castps_si256(x);
+    const __m256i eighths = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEighths));
+    const __m256i eighth = _mm256_permutevar8x32_epi32(eighths, k);
+    return _mm256_castsi256_ps(_mm256_add_epi32(eighth, _mm256_slli_epi32(k, 20)));
 }
-inline Lanes low_bits_to_exponent(Lanes x) {
-    return {{low_bits_to_exponent(x.v[0]), low_bits_to_exponent(x.v[1])}};
-}
+inline Lanes power_of_eighths(Lanes x) { return {{power_of_eighths(x.v[0]), power_of_eighths(x.v[1])}}; }
 
 inline __m256 peak(__m256 x, __m256 y) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(kMagnitudeBits));

@@ -28,8 +28,10 @@ inline Lanes clamp(Lanes x, Lanes low, Lanes high) {
     return {_mm512_max_ps(_mm512_min_ps(x.v, high.v), low.v)};
 }
 
-inline Lanes low_bits_to_exponent(Lanes x) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
+inline Lanes power_of_eighths(Lanes x) {
+    const __m512i k = _mm512_castps_si512(x.v);
+    const __m512i eighth = _mm512_permutexvar_epi32(k, _mm512_load_si512(kEighths));
+    return {_mm512_castsi512_ps(_mm512_add_epi32(eighth, _mm512_slli_epi32(k, 20)))};
 }
 
 inline Lanes peak(Lanes x, Lanes y) {

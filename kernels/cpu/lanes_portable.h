@@ -51,8 +51,11 @@ inline Lanes clamp(Lanes x, Lanes low, Lanes high) {
     });
 }
 
-inline Lanes low_bits_to_exponent(Lanes x) {
-    return each([&](int i) { return as_float(as_bits(x.v[i]) << 23); });
+inline Lanes power_of_eighths(Lanes x) {
+    return each([&](int i) {
+        const uint32_t k = as_bits(x.v[i]);
+        return as_float(kEighths[k & 7] + (k << 20));
+    });
 }
 
 inline Lanes peak(Lanes x, Lanes y) {
