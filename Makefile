@@ -44,6 +44,7 @@ asan: setup ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanit
 
 bench: setup ## every benchmark (half an hour of an idle machine), then the README's tables
 	.venv/bin/python benchmarks/rms_norm_quant.py
+	.venv/bin/python benchmarks/silu_mul_quant.py
 	.venv/bin/python benchmarks/packed_fp8_linear.py
 	.venv/bin/python benchmarks/end_to_end.py
 	.venv/bin/python benchmarks/readme_tables.py
