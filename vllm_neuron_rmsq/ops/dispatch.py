@@ -121,11 +121,13 @@ def fp8_max(chosen: target.Target | str | None) -> float:
     Raises:
         ValueError: there is no target of that name.
     """
-    return target.get(settings.current().target if chosen is None else chosen).fp8_max
+    if chosen is None:
+        return target.TARGETS[settings.current().target].fp8_max
+    return target.get(chosen).fp8_max
 
 
-def scale_tensor(static_scale: torch.Tensor | float | None, like: torch.Tensor) -> torch.Tensor | None:
+def scale_tensor(static_scale: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     """A given scale as one fp32 element on the device of ``like``."""
-    if static_scale is None or isinstance(static_scale, torch.Tensor):
+    if isinstance(static_scale, torch.Tensor):
         return static_scale
     return torch.full((1,), static_scale, dtype=torch.float32, device=like.device)

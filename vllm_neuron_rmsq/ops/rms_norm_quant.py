@@ -81,20 +81,21 @@ def rms_norm_quant(
         BackendUnavailableError: the backend cannot run here.
     """
     name = dispatch.backend(backend, "cpu" if hidden.is_cpu else hidden.device.type)
+    compiling = torch.compiler.is_compiling()  # asked once: it takes as long as finding the backend
     # The native op checks its arguments in a tenth of the time, but never sees those of another device.
     op_checks = (
         name == "cpu"
         and hidden.is_cpu
         and (weight is None or weight.is_cpu)
         and (residual is None or residual.is_cpu)
-        and (not isinstance(static_scale, Tensor) or static_scale.is_cpu)
-        and not torch.compiler.is_compiling()
+        and (static_scale is None or not isinstance(static_scale, Tensor) or static_scale.is_cpu)
+        and not compiling
     )
     if not op_checks:
         reference.check_rms_norm_quant(hidden, weight, eps, residual, lower_bound, static_scale)
     limit = dispatch.fp8_max(target)
-    scale = dispatch.scale_tensor(static_scale, hidden)
-    if torch.compiler.is_compiling() and dispatch.traced(name):
+    scale = None if static_scale is None else dispatch.scale_tensor(static_scale, hidden)
+    if compiling and dispatch.traced(name):
         if residual is None:
             return _norm(dispatch.functions(name), hidden, weight, eps, lower_bound, scale, limit)
         functions = dispatch.functions(name)

@@ -42,18 +42,19 @@ def silu_mul_quant(
         BackendUnavailableError: the backend cannot run here.
     """
     name = dispatch.backend(backend, "cpu" if gate_up.is_cpu else gate_up.device.type)
+    compiling = torch.compiler.is_compiling()  # asked once: it takes as long as finding the backend
     # The native op checks its arguments in less time, but never sees those of another device.
     op_checks = (
         name == "cpu"
         and gate_up.is_cpu
-        and (not isinstance(static_scale, Tensor) or static_scale.is_cpu)
-        and not torch.compiler.is_compiling()
+        and (static_scale is None or not isinstance(static_scale, Tensor) or static_scale.is_cpu)
+        and not compiling
     )
     if not op_checks:
         reference.check_silu_mul_quant(gate_up, static_scale)
-    scale = dispatch.scale_tensor(static_scale, gate_up)
+    scale = None if static_scale is None else dispatch.scale_tensor(static_scale, gate_up)
     limit = dispatch.fp8_max(target)
-    if torch.compiler.is_compiling() and dispatch.traced(name):
+    if compiling and dispatch.traced(name):
         return _compute(dispatch.functions(name), gate_up, scale, limit)
     try:
         return _OP.overloads[name](gate_up, scale, limit)
