@@ -70,7 +70,8 @@ def layout(out_features: int, in_features: int) -> tuple[int, int, int]:
     if out_features >= BLOCK_FEATURES // 2:
         # The width that leaves the one of two programs that has more features the least; of these the widest.
         least = out_features
-        for candidate in range(widest, min(widest, NARROW_BLOCK) - 1, -ALIGNMENT):
+        for narrower in range(0, max(0, widest - NARROW_BLOCK) + 1, ALIGNMENT):
+            candidate = widest - narrower
             blocks = (out_features + candidate - 1) // candidate
             larger_half = (blocks + 1) // 2 * candidate
             if larger_half < least:
@@ -167,7 +168,7 @@ def packed_fp8_linear_bytes_kernel(
         AssertionError: as the kernel; an unknown out_dtype.
     """
     assert out_dtype in OUT_DTYPES, (
-        f"out_dtype: expected 'bfloat16', 'float16' or 'float32', got {out_dtype!r}"
+        f"out_dtype: expected 'bfloat16', 'float16' or 'float32', got '{out_dtype}'"
     )
     return _packed_fp8_linear(packed, weight, weight_scale, bias, OUT_DTYPES[out_dtype], ocp)
 
