@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+from neuron_standin.run import environment
 from rich.console import Console
 
 from vllm_neuron_rmsq import backends
@@ -38,3 +42,22 @@ def test_a_misspelt_setting_is_an_error(monkeypatch):
     monkeypatch.setenv("VLLM_RMSQ_TARGT", "trn2")
     with pytest.raises(CommandError, match="VLLM_RMSQ_TARGT: unknown environment variable; expected one of"):
         printed()
+
+
+def test_on_vllm_neuron_it_says_what_would_be_served():
+    """With the stand-in for vLLM Neuron installed, in a process of its own: vLLM has one platform there."""
+    program = (
+        "from rich.console import Console\n"
+        "from vllm_neuron_rmsq.cli.check import check\n"
+        "check(Console(width=200))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=True)
+    cells = [line.split("\u2502") for line in done.stdout.splitlines() if line.startswith("\u2502")]
+    rows = {name.strip(): said.strip() for _, name, said, _ in cells}
+    assert rows["vllm-neuron"] == "0.24.0.1.1.0; written for 0.24.0.1.1.0 and 0.29.0.1.2.0"
+    assert rows["nki"].startswith("this machine has no Neuron device")
+    assert rows["neuronx-cc"] == "not installed"
+    assert rows["its names that are needed"] == "all there"
+    served = "would be served in row FP8: attention bf16, gathering uint8, backend cpu"
+    assert rows["FP8-dynamic Llamas"] == served

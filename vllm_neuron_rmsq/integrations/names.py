@@ -67,6 +67,8 @@ def _set_by(value: Any) -> set[str]:
     Before there is an instance, the fields of a dataclass and the names in the constructor's code are the
     only trace of them.
     """
+    if inspect.ismodule(value):
+        return set()
     functions = [value]
     if inspect.isclass(value):
         constructors = ("__init__", "__post_init__")

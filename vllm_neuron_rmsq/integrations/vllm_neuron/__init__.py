@@ -21,7 +21,7 @@ import functools
 import logging
 from typing import Any
 
-from vllm_neuron_rmsq import settings
+from vllm_neuron_rmsq import backends, settings
 from vllm_neuron_rmsq.integrations.vllm_neuron import checkpoint, versions
 
 # A child of vLLM's logger, which vLLM has set up by the time it loads plugins.
@@ -98,3 +98,31 @@ def lift(vllm_config: Any) -> bool:
     model_config._architecture = ARCHITECTURE
     logger.info("vllm-neuron-rmsq takes %s", model_config.model)
     return True
+
+
+def outlook() -> dict[str, str]:
+    """Say what the plugin would do on this machine, by topic; for ``vllm-neuron-rmsq check``."""
+    from vllm_neuron_rmsq import integrations
+    from vllm_neuron_rmsq.integrations.vllm_neuron import functional
+
+    missing = [*versions.missing_of_platform(), *versions.missing_of_model()]
+    rows = {
+        "vllm-neuron": f"{versions.installed()}; written for {' and '.join(versions.TESTED)}",
+        "its names that are needed": "; ".join(missing) or "all there",
+    }
+    choice = settings.Settings.load()
+    reason = None
+    if choice.backend == "off":
+        reason = "VLLM_RMSQ_BACKEND=off"
+    elif not integrations.on_neuron():
+        reason = "vLLM's platform is another (VLLM_PLUGINS, VLLM_TARGET_DEVICE)"
+    elif missing:
+        reason = "names are missing"
+    else:
+        try:
+            backend = functional.serving(choice.backend)
+        except (ValueError, backends.BackendUnavailableError) as error:
+            reason = str(error)
+    served = f"would be served in row FP8: attention {choice.attention}, gathering {choice.gather}"
+    rows["FP8-dynamic Llamas"] = f"stay refused: {reason}" if reason else f"{served}, backend {backend}"
+    return rows

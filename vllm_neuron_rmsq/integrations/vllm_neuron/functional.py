@@ -12,14 +12,15 @@ which does not look into kernels.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from vllm_neuron_rmsq import ops
-from vllm_neuron_rmsq.backends import neuron_binding
+from vllm_neuron_rmsq import backends, ops
+from vllm_neuron_rmsq.backends import neuron_binding, nki
 from vllm_neuron_rmsq.target import TRN3, Target
 
 
@@ -77,22 +78,28 @@ class ThroughOps:
 
 
 class Traced:
-    """By nodes of the graph: backend ``nki``."""
+    """By nodes of the graph: backend ``nki``.
+
+    vLLM Neuron compiles with the binding it brings, whatever else is installed, so that one is called.
+
+    Raises:
+        ValueError: the target's codes are not this hardware's.
+    """
 
     backend = "nki"
 
     def __init__(self, target: Target, dtype: torch.dtype) -> None:
         from libtorch_neuronx_lite.nki.nki_hop import wrap_nki
 
-        from vllm_neuron_rmsq.kernels.nki import digest, packed_fp8_linear, rms_norm_quant, silu_mul_quant
-
+        hardware = nki.platform()
+        if target.max_code > hardware.max_code:
+            raise ValueError(f"target: {target} codes (±{target.fp8_max:g}) are not those of {hardware}")
         self.cores = neuron_binding.logical_cores()
-        self.ocp = target is TRN3
-        self.digest = digest.digest()
+        self.digest = neuron_binding.digest()
         self.out_dtype = str(dtype).removeprefix("torch.")
-        self._rms_norm_quant = wrap_nki(rms_norm_quant.rms_norm_quant_bytes_kernel)[self.cores]
-        self._silu_mul_quant = wrap_nki(silu_mul_quant.silu_mul_quant_bytes_kernel)[self.cores]
-        self._linear = wrap_nki(packed_fp8_linear.packed_fp8_linear_bytes_kernel)[self.cores]
+        self.ocp, self.reads_ocp = target is TRN3, hardware is TRN3
+        kernels = map(neuron_binding.kernel, ("rms_norm_quant", "silu_mul_quant", "packed_fp8_linear"))
+        self._rms_norm_quant, self._silu_mul_quant, self._linear = (wrap_nki(k)[self.cores] for k in kernels)
 
     def rms_norm_quant(self, hidden, weight, eps, residual):
         rows = hidden.shape[0]
@@ -115,7 +122,7 @@ class Traced:
             weight=weight,
             weight_scale=weight_scale,
             out_dtype=self.out_dtype,
-            ocp=self.ocp,
+            ocp=self.reads_ocp,
             digest=self.digest,
             **more,
         )
@@ -127,6 +134,35 @@ class Traced:
         if missing > 0:
             rows = torch.cat([rows, torch.zeros_like(rows[:1]).expand(missing, -1)])
         return rows.contiguous()
+
+
+def serving(name: str) -> str:
+    """Return the backend that serves: kernels on Neuron and in AWS's simulator, else what the CPU has.
+
+    Raises:
+        ValueError: this one cannot serve here.
+        BackendUnavailableError: it cannot run here.
+    """
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.device_type == "cpu"
+    simulated = os.environ.get("NKI_SIMULATOR") == "1"
+    if name == "auto":
+        name = "cpu" if on_cpu and not simulated else "nki"
+        if name == "cpu":
+            return backends.resolve("auto", "cpu")
+    name = backends.resolve(name, "cpu")
+    if name == "nki" and on_cpu and not simulated:
+        raise ValueError(
+            "backend: nki in CPU mode needs AWS's simulator (NKI_SIMULATOR=1); else choose cpu, torch or "
+            "nki-sim"
+        )
+    if name != "nki" and not on_cpu:
+        raise ValueError(
+            f"backend: expected auto or nki on Neuron, got {name}, which runs in CPU mode alone "
+            "(VLLM_NEURON_CPU_MODE=1)"
+        )
+    return name
 
 
 def kernels(backend: str, target: Target, dtype: torch.dtype) -> Kernels:

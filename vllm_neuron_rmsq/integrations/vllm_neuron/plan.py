@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.platforms import current_platform
 
-from vllm_neuron_rmsq import backends, settings, target
+from vllm_neuron_rmsq import settings, target
 from vllm_neuron_rmsq.integrations.vllm_neuron import checkpoint, functional
 from vllm_neuron_rmsq.integrations.vllm_neuron.llama import Plan
 from vllm_neuron_rmsq.settings import Settings
 
-OPS_ONLY = "which runs in CPU mode alone (VLLM_NEURON_CPU_MODE=1)"
+
+def in_force() -> Settings:
+    """Return the settings of vLLM's current configuration."""
+    extra = get_current_vllm_config().additional_config
+    return Settings.load(additional_config=extra if isinstance(extra, dict) else None)
 
 
 def make_plan(hf_config: Any, neuron_config: Any) -> Plan:
@@ -24,17 +26,15 @@ def make_plan(hf_config: Any, neuron_config: Any) -> Plan:
         ValueError: it cannot be served like this; says why and what to do.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    vllm_config = get_current_vllm_config()
-    extra = vllm_config.additional_config
-    settings.install(Settings.load(additional_config=extra if isinstance(extra, dict) else None))
-    choice = settings.current()
+    vllm_config, choice = get_current_vllm_config(), in_force()
+    settings.install(choice)
     reason = checkpoint.supported(hf_config) or _conflict(choice, vllm_config, hf_config, neuron_config)
     if reason:
         raise ValueError(f"vllm-neuron-rmsq: {vllm_config.model_config.model} cannot be served: {reason}")
     dtype = vllm_config.model_config.dtype
     codes = target.get(choice.target)
     plan = Plan(
-        kernels=functional.kernels(backend(choice.backend), codes, dtype),
+        kernels=functional.kernels(functional.serving(choice.backend), codes, dtype),
         target=codes,
         attention=choice.attention,
         gather=choice.gather,
@@ -46,34 +46,8 @@ def make_plan(hf_config: Any, neuron_config: Any) -> Plan:
     return plan
 
 
-def backend(name: str) -> str:
-    """Return the backend that serves: kernels on Neuron and in AWS's simulator, else what the CPU has.
-
-    Raises:
-        ValueError: this one cannot serve here.
-        BackendUnavailableError: it cannot run here.
-    """
-    on_cpu = current_platform.device_type == "cpu"
-    simulated = os.environ.get("NKI_SIMULATOR") == "1"
-    if name == "auto":
-        name = "cpu" if on_cpu and not simulated else "nki"
-        if name == "cpu":
-            return backends.resolve("auto", "cpu")
-    name = backends.resolve(name, "cpu")
-    if name == "nki" and on_cpu and not simulated:
-        raise ValueError(
-            "backend: nki in CPU mode needs AWS's simulator (NKI_SIMULATOR=1); else choose cpu, torch or "
-            "nki-sim"
-        )
-    if name != "nki" and not on_cpu:
-        raise ValueError(f"backend: expected auto or nki on Neuron, got {name}, {OPS_ONLY}")
-    return name
-
-
 def _conflict(choice: Settings, vllm_config: Any, hf_config: Any, neuron_config: Any) -> str | None:
     """Why what was asked for does not go together."""
-    if choice.backend == "off":
-        return "VLLM_RMSQ_BACKEND=off, and vLLM Neuron would read its FP8 codes without their scales"
     if vllm_config.lora_config is not None:
         return "LoRA is not applied to FP8 weights; serve without --enable-lora"
     for name in ("attention_dp_size", "mlp_dp_size"):

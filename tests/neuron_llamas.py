@@ -150,11 +150,9 @@ class Mirror(PlainLlama):
         prompt: so many tokens were prefilled, the others decoded.
     """
 
-    prompt = 16
-
-    def __init__(self, folder: Path, stage: str, ranks: int = 1) -> None:
+    def __init__(self, folder: Path, stage: str, ranks: int = 1, prompt: int = 16) -> None:
         super().__init__(folder)
-        self.folder, self.stage, self.ranks = folder, stage, ranks
+        self.folder, self.stage, self.ranks, self.prompt = folder, stage, ranks, prompt
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
         out = x.float() @ weight.t()
@@ -235,7 +233,8 @@ def compare(ours: torch.Tensor, mirror: Mirror, tokens: list[int]) -> tuple[floa
     Returns:
         the largest distance and the most it may be.
     """
-    theirs, bound = _measured(mirror.folder, mirror.stage, mirror.ranks, tuple(tokens))
+    of = (mirror.folder, mirror.stage, mirror.ranks, mirror.prompt)
+    theirs, bound = _measured(of, tuple(tokens))
     first, second = theirs.topk(2, dim=-1).values.unbind(-1)
     differ = (ours.argmax(-1) != theirs.argmax(-1)) & (first - second >= 0.1)
     assert not differ.any(), f"first choices differ at {differ.nonzero().flatten().tolist()}"
@@ -245,11 +244,11 @@ def compare(ours: torch.Tensor, mirror: Mirror, tokens: list[int]) -> tuple[floa
 
 
 @functools.cache
-def _measured(folder: Path, stage: str, ranks: int, tokens: tuple[int, ...]) -> tuple[torch.Tensor, float]:
+def _measured(of: tuple[Path, str, int, int], tokens: tuple[int, ...]) -> tuple[torch.Tensor, float]:
     """The mirror's log-probabilities and how far rounding moves them, by sixteen draws of it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these sizes are not worth more
-    mirror = Mirror(folder, stage, ranks)
+    mirror = Mirror(*of)
     theirs, distances = mirror.distribution([*tokens]), []
     mirror.noise = 2.0**-8
     for seed in range(16):

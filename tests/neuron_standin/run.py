@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-STANDIN = HERE.parents[1] / "neuron_standin"
-PATHS = (STANDIN / "packages", STANDIN / "plugin")
+PATHS = (HERE / "packages", HERE / "plugin")
 
 
 def environment(**changes: str) -> dict[str, str]:
