@@ -146,7 +146,7 @@ def demo(checkpoint: Path, cache: Path, repeats: int, console: Console) -> None:
 
 def _layers(report: dict[str, Any]) -> Table:
     """One row for each kind of layer, named once for all the layers of the decoder."""
-    table = Table("norm", "what became of it", title=report["line"])
+    table = Table("layer", "what became of it", title=report["line"])
     kinds: dict[tuple[str, str], list[str]] = {}
     for layer in report["layers"]:
         fate = f"not fused: {layer['reason']}"
