@@ -6,6 +6,8 @@ most 2 %.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import itertools
 import math
 
@@ -15,6 +17,7 @@ import torch
 from vllm_neuron_rmsq import ops, reference
 from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.kernels.nki import rms_norm_quant as source
+from vllm_neuron_rmsq.kernels.nki import rms_norm_quant_rows as rows_source
 from vllm_neuron_rmsq.kernels.nki.rmsnorm_quant import (
     DtypeMode,
     NormType,
@@ -302,6 +305,115 @@ def test_pre_norm(dtype, residual, rows, width):
     assert_within_bounds(result.view(torch.uint8), reference.rms_norm_quant(x, weight.float()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 8192), (9, 16384), (33, 576), (300, 2049), (600, 1000), (300, 8192)]
+)
+def test_gamma_of_16_bits(backend, lnc, rows, width, residual, dtype):
+    """As models have it: both schedules, tiles of several sizes, every product exact in fp32."""
+    torch.manual_seed(rows + width)
+    hidden, weight = torch.randn(rows, width).to(dtype), gamma(width, dtype)
+    keywords = {"residual": torch.randn(rows, width).to(dtype)} if residual else {}
+    lnc(backend, 2 if rows > 1 else 1)
+    check(backend, hidden, weight, **keywords)
+
+
+@pytest.mark.parametrize("rows", [4, 200])
+def test_a_sum_that_nearly_cancels(backend, rows):
+    """The mean square is that of the sum; squares of hidden and residual apart would drown it."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 1536).bfloat16() * 100
+    check(backend, hidden, gamma(1536), residual=-(hidden * (1 + 2**-8)).bfloat16())
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_rows_padded_with_zeros(rows):
+    """hidden_actual: the mean square is over so many elements."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 640).bfloat16(), gamma(640)
+    hidden[:, 576:] = 0
+    kargs = RmsNormQuantKernelArgs()
+    got = simulate(rmsnorm_quant_kernel)(hidden, weight, kargs, hidden_actual=576).view(torch.uint8)
+    want = reference.rms_norm_quant(hidden[:, :576], weight[:576])
+    assert_within_bounds(torch.cat([got[:, :576], got[:, 640:]], 1), want)
+    assert not got[:, 576:640].any()
+    with pytest.raises(AssertionError, match=r"hidden_actual: expected 1 to 640 \(H of hidden\), got 641"):
+        simulate(rmsnorm_quant_kernel)(hidden, weight, kargs, hidden_actual=641)
+
+
+class TestPublishedApi:
+    """What a caller of NKI Library's kernel would notice."""
+
+    def test_arguments_are_frozen_and_hashable(self):
+        kargs = RmsNormQuantKernelArgs(lower_bound=0.5)
+        assert hash(kargs) == hash(RmsNormQuantKernelArgs(lower_bound=0.5))
+        assert kargs == RmsNormQuantKernelArgs(lower_bound=0.5)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            kargs.eps = 0.0  # type: ignore[misc]
+
+    def test_questions(self):
+        row = RmsNormQuantKernelArgs()
+        static = RmsNormQuantKernelArgs(quantization_type=QuantizationType.STATIC)
+        assert (row.is_row_quant(), row.is_static_quant()) == (True, False)
+        assert (static.is_row_quant(), static.is_static_quant()) == (False, True)
+
+    @pytest.mark.parametrize(("lower_bound", "clips"), [(0.0, False), (1e-6, False), (1.1e-6, True)])
+    def test_a_lower_bound_counts_from_1e_6_on(self, lower_bound, clips):
+        assert RmsNormQuantKernelArgs(lower_bound=lower_bound).has_lower_bound() is clips
+
+    def test_values_of_dtype_mode(self):
+        assert [m.value for m in DtypeMode] == ["non_ocp", "ocp", "auto"]
+
+    @pytest.mark.parametrize(("target", "dtype"), [("trn2", torch.uint8), ("trn3", torch.float8_e4m3fn)])
+    def test_auto_is_what_the_hardware_has(self, target, dtype):
+        hidden = torch.randn(4, 64).bfloat16()
+        run = simulate(rmsnorm_quant_kernel, target=target)
+        got = run(hidden, torch.ones(64), RmsNormQuantKernelArgs(), dtype_mode=DtypeMode.AUTO)
+        mode = DtypeMode.OCP if target == "trn3" else DtypeMode.NON_OCP
+        want = run(hidden, torch.ones(64), RmsNormQuantKernelArgs(), dtype_mode=mode)
+        assert got.dtype == dtype  # torch has no float8_e4m3: its bytes
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+    def test_enums_of_another_module(self):
+        """NKI Library's own: other classes and more members, the same names."""
+        norm = enum.Enum("NormType", {"NO_NORM": 0, "RMS_NORM": 1, "LAYER_NORM": 2})
+        quantization = enum.Enum("QuantizationType", {"NONE": 0, "STATIC": 1, "ROW": 2, "MX": 3})
+        mode = enum.Enum("DtypeMode", {"NON_OCP": "non_ocp", "OCP": "ocp", "AUTO": "auto"})
+        kargs = RmsNormQuantKernelArgs(norm_type=norm.NO_NORM, quantization_type=quantization.ROW)
+        assert not kargs.needs_rms_normalization()
+        hidden = torch.randn(4, 64).bfloat16()
+        got = simulate(rmsnorm_quant_kernel)(hidden, None, kargs, dtype_mode=mode.OCP)
+        assert_within_bounds(got.view(torch.uint8), reference.rms_norm_quant(hidden, None, target="trn3"))
+        with pytest.raises(AssertionError, match=r"norm_type: expected .* got NormType\.LAYER_NORM"):
+            RmsNormQuantKernelArgs(norm_type=norm.LAYER_NORM)
+        with pytest.raises(AssertionError, match=r"quantization_type: expected .* got QuantizationType\.MX"):
+            RmsNormQuantKernelArgs(quantization_type=quantization.MX)
+
+    def test_names_importable_where_nki_library_has_them(self):
+        from vllm_neuron_rmsq.kernels.nki import rmsnorm_quant
+
+        for name in rmsnorm_quant.__all__:
+            assert getattr(rmsnorm_quant, name) is getattr(source, name)
+
+
+@pytest.mark.parametrize("rows", [8, 300])
+@pytest.mark.parametrize("switch", [True, False])
+def test_either_rsqrt(monkeypatch, rows, switch):
+    """GpSimdE's takes rows of any magnitude; beyond 2^97 ScalarE's would not, and such rows are invalid."""
+    monkeypatch.setattr(rows_source, "RSQRT_ON_GPSIMD", switch)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 1536).bfloat16(), gamma(1536)
+    hidden[1] *= 1e16
+    got = simulate(source.rms_norm_quant_bytes_kernel)(hidden, weight)
+    want = reference.rms_norm_quant(hidden, weight)
+    if not switch:
+        assert fmt.unpack(got)[1][1].isnan().all()
+        assert not fmt.unpack(got)[0][1].any()
+    valid = torch.arange(rows) != 1
+    assert_within_bounds(*(t if switch else t[valid] for t in (got, want)))
+
+
 class TestLimits:
     """Every violation is an AssertionError that names the limit and the value."""
 
@@ -326,6 +438,8 @@ class TestLimits:
             ((1, 16385), "H <= 16384, got 16385"),
             ((65537, 1), "at most 65536 rows, got 65537"),
             ((64,), "rank >= 2, got 1"),
+            ((3, 1, 2, 8), "B <= 2, got 3"),
+            ((1, 1, 16385, 1), r"shape\[2\] <= 16384, got 16385"),
         ],
     )
     def test_sizes(self, shape, message):

@@ -333,7 +333,7 @@ def test_a_kernel_takes_at_least_its_floor_and_always_the_same(latencies, reorde
     hidden, weight = np.zeros((300, 1024), np.float16), np.zeros(1024, np.float16)
     one, two = (cost(rms_norm_quant_bytes_kernel, 2)(hidden, weight) for _ in range(2))
     first, careful = (one.schedule(careful, reorder, latencies) for careful in (False, True))
-    assert one.time_us < first.us < careful.us
+    assert one.time_us < first.us <= careful.us
     again = two.schedule(False, reorder, latencies)
     assert [(s.start, s.done, s.cause) for s in again.steps] == [
         (s.start, s.done, s.cause) for s in first.steps
