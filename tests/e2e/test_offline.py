@@ -83,7 +83,8 @@ def test_vllm_neuron_has_the_same_perplexity(logprobs, tokens, smollm2_fp8, tmp_
     ]
     given = torch.stack([result["logprobs"] for result in drive(jobs, tmp_path)])
     assert math.exp(-given.mean()) <= 13.6
-    assert math.exp(logprobs.mean() - given.mean()) == pytest.approx(1, abs=0.005)
+    # A token's logprobs differ by 0.22 (rounding), so their mean is sure to 0.0035; it is 0.0015 here.
+    assert abs(given.mean() - logprobs.mean()) < 0.005
 
 
 def test_logprobs_are_those_of_a_plain_forward_of_the_same_checkpoint(logprobs, tokens, smollm2_fp8):
