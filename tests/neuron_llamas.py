@@ -62,6 +62,7 @@ def write(
     per_tensor: bool = False,
     fp8_max: float = 448.0,
     files: int = 1,
+    kv_scale: float | None = None,
     quantization: dict | None = None,
     **changes,
 ) -> Path:
@@ -72,6 +73,7 @@ def write(
         per_tensor: one scale a weight, not one a channel.
         fp8_max: the largest code's value.
         files: over how many the tensors are spread.
+        kv_scale: of the K and V caches, where those are FP8.
         quantization: what config.json says; ``None`` is compressed-tensors.
         changes: of config.json.
     """
@@ -106,6 +108,8 @@ def write(
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = (1 + normal(hidden, std=0.2)).bfloat16()
+        for cache in ("k_scale", "v_scale") if kv_scale else ():
+            tensors[f"{prefix}.self_attn.{cache}"] = torch.tensor([kv_scale])
         for name, shape in linears.items():
             # Channels of different size, so that a scale in the wrong place shows.
             weight = normal(*shape, std=0.05) * (0.5 + torch.rand(shape[0], 1, generator=generator))

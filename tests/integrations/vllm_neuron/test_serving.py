@@ -106,6 +106,13 @@ def variants(checkpoints, tokens, tmp_path_factory):
     for gather in ("float8", "int32", "bf16"):
         rmsq = {"backend": "torch", "attention": "fp8", "gather": gather}
         jobs["fp8", gather] = {**plain, "rmsq": rmsq}
+    scaled = write(tmp_path_factory.mktemp("scaled") / "plain", kv_scale=0.03125)
+    for stage in STAGES:
+        jobs[stage, "FP8 cache"] = {
+            **jobs[stage, "whole"],
+            "model": str(scaled),
+            "engine": {"kv_cache_dtype": "fp8"},
+        }
     jobs["fp8", "stock norms"] = {**plain, "rmsq": {"backend": "torch", "attention": "fp8", "fuse": "0"}}
     results = drive(list(jobs.values()), tmp_path_factory.mktemp("variants"), ranks=2)
     return dict(zip(jobs, results, strict=True))
@@ -126,6 +133,15 @@ def test_a_prompt_padded_to_its_bucket(variants, checkpoints, tokens, stage):
 def test_a_prefix_that_another_sequence_computed(variants, checkpoints, tokens, stage):
     mirror = Mirror(checkpoints["plain"], stage, 2, prompt=44)
     compare(variants[stage, "prefix"]["logprobs"], mirror, tokens + tokens[::-1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_fp8_cache_with_scales(variants, stage):
+    """Prefill does not read it. Decode loses what FP8 loses, as much with any attention; a scale that was
+    forgotten would be a factor of 32."""
+    plain, cached = variants[stage, "whole"]["logprobs"], variants[stage, "FP8 cache"]["logprobs"]
+    assert torch.equal(plain[:PROMPT], cached[:PROMPT])
+    assert 0 < (plain - cached)[PROMPT:].abs().mean() < 0.05
 
 
 class TestBytesOnTheWire:
