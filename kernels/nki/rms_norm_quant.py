@@ -245,9 +245,9 @@ def quantize(
 def few_rows(width: int) -> int:
     """Return up to how many rows of H a program is faster with each of them spread over the partitions.
 
-    By the simulator's schedule, without a residual: 4 rows at H = 576, 10 at 2048, 24 at 8192, 31 at 16384.
+    By the simulator's schedule, without a residual: 4 rows at H = 576, 12 at 2048, 21 at 8192, 26 at 16384.
     """
-    return min(32, 4 + width // 400)
+    return min(26, 4 + width // 480)
 
 
 def check(

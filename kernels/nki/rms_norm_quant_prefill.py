@@ -18,15 +18,16 @@ except ModuleNotFoundError:  # no Neuron SDK: the simulator's namespace
     from .simulator.nki import language as nl
 
 from .common import SCALE_BYTES
-from .rms_norm_quant_rows import Constants, RowNumbers, Task, number_buffers, require_finite
+from .rms_norm_quant_rows import Constants, RowNumbers, Task, number_buffers, require_zeros, sum_zeros
 
 GROUP = 4  # chunks in flight together: their products fill a PSUM bank
-PRODUCT_BUFFERS = 6  # PSUM banks of products
 SUM_BUFFERS = 6  # groups of residual_out on their way out: a store takes 2 us and more
+LOAD_GROUPS = 2  # groups loaded together: a queue issues a transfer in 0.6 us
 STORE_GROUPS = 2  # groups of codes stored together
-DELAY = 5  # groups from a tile's last one measured to its first one quantized, at most a tile
+STAGES = 6  # steps from a tile's last group measured until its scales are there
+FINISH_BEHIND = 3  # groups: VectorE does not wait for ScalarE
 VECTOR_SHARE = 3  # with no tile left to measure, VectorE quantizes one group of so many
-TILES = 4  # at most in SBUF
+TILES = 8  # at most in SBUF
 SBUF_RESERVE = 8192  # bytes per partition for everything that is not as long as a row
 
 
@@ -48,10 +49,11 @@ class Prefill(nl.NKIObject):
         on_diagonal: ``[128, 128]`` uint8, 1 on the diagonal.
         diagonals: of each part of gamma ``[128, K * 128]``: chunk k is the diagonal matrix of its columns.
             An fp32 gamma has two bf16 parts, whose sum has 16 significant bits.
-        gram: ``[128, 128]`` in PSUM.
+        grams: ``[128, 128]`` in PSUM, for tiles in turn.
         products: groups of products in PSUM, used in turn.
         in_flight: tiles in SBUF at a time.
         delay: steps from measuring a group to quantizing it.
+        staged: whether the delay leaves a step for each stage of a tile's numbers.
     """
 
     def __init__(self, task: Task):
@@ -70,9 +72,11 @@ class Prefill(nl.NKIObject):
         self.no_column = nl.ndarray((pmax, 1), dtype=nl.bfloat16, buffer=nl.sbuf)
         nisa.memset(self.no_column, 0.0)
         self.diagonals = []  # type: list
-        self.gram = nl.ndarray((pmax, pmax), dtype=nl.float32, buffer=nl.psum)
+        self.grams = []  # type: list
+        for _ in range(2):
+            self.grams.append(nl.ndarray((pmax, pmax), dtype=nl.float32, buffer=nl.psum))
         self.products = []  # type: list
-        for _ in range(PRODUCT_BUFFERS):
+        for _ in range(nl.tile_size.psum_num_banks - len(self.grams)):
             self.products.append(nl.ndarray((pmax, GROUP * pmax), dtype=nl.float32, buffer=nl.psum))
         self.turn = 0
         self.magnitudes = nl.ndarray((pmax, GROUP * pmax), dtype=nl.bfloat16, buffer=nl.sbuf)
@@ -87,7 +91,8 @@ class Prefill(nl.NKIObject):
             for _ in range(SUM_BUFFERS):
                 self.sums.append(nl.ndarray((pmax, GROUP * pmax), dtype=task.hidden.dtype, buffer=nl.sbuf))
         self.transposed, self.packed, self.numbers = [], [], []  # type: list, list, list
-        self.in_flight, self.delay = 0, 0
+        self.in_flight, self.delay, self.staged = 0, 0, False
+        self.load_groups, self.finish_behind = 0, 0
 
     def prepare_gamma(self):
         """Make the diagonal matrices. VectorE, which has nothing else to do yet, makes the first group."""
@@ -95,7 +100,7 @@ class Prefill(nl.NKIObject):
         if task.gamma == None:
             return
         columns = nl.ndarray((pmax, self.chunks), dtype=nl.float32, buffer=nl.sbuf)
-        load_chunks_as_columns(columns, task.gamma, self.gram.view(task.gamma.dtype))
+        load_chunks_as_columns(columns, task.gamma, self.grams[1].view(task.gamma.dtype))
         self.gamma_columns = columns
         parts = [columns]
         dtype = nl.float16 if task.gamma.dtype == nl.float16 else nl.bfloat16
@@ -120,7 +125,7 @@ class Prefill(nl.NKIObject):
     def next_products(self):
         """Return the next of the buffers in PSUM, ``[128, GROUP * 128]`` fp32."""
         self.turn += 1
-        return self.products[self.turn % PRODUCT_BUFFERS]
+        return self.products[self.turn % len(self.products)]
 
     def allocate_tiles(self):
         """Make the buffers that tiles use in turn, as many as SBUF has room for."""
@@ -133,7 +138,11 @@ class Prefill(nl.NKIObject):
         room = nl.tile_size.sbuf_fmax_bytes - spent
         self.in_flight = min(TILES, room // each)
         # A group is quantized before the load that overwrites it is issued.
-        self.delay = min(self.groups + min(DELAY, self.groups), self.in_flight * self.groups)
+        self.delay = min(self.groups + STAGES, self.in_flight * self.groups)
+        self.staged = self.delay == self.groups + STAGES
+        # A load must not overwrite what is not yet quantized.
+        self.load_groups = LOAD_GROUPS if self.in_flight > 1 else 1
+        self.finish_behind = FINISH_BEHIND if self.in_flight > 1 else 0
         for _ in range(self.in_flight):
             transposed = []
             for source in self.inputs:
@@ -157,27 +166,39 @@ class Prefill(nl.NKIObject):
         steps = (task.last - task.first + pmax - 1) // pmax * groups
         tiles = []  # type: list
         done = 0
-        for step in range(steps + 1):
+        ready = 0  # groups of the tiles whose scales are there
+        for step in range(steps + STAGES + 1):
             index, group = step // groups, step % groups
-            if step > 0 and group == 0:
-                tiles[index - 1].find_scale()
             # Beside the last tile ScalarE catches up with the one before; after it, it does what is left.
             until = step + 1 - self.delay
-            if step == steps:
-                until = steps
+            if step >= steps:
+                until = ready
             elif step >= steps - groups:
-                until = min(done + 2, max(until, index * groups))
+                until = min(done + 2, max(until, ready))
             while done < until:
-                tiles[done // groups].quantize(done % groups, step == steps)
+                tiles[done // groups].quantize(done % groups, step >= steps)
                 done += 1
+                if done > self.finish_behind:
+                    finished = done - self.finish_behind - 1
+                    tiles[finished // groups].finish(finished % groups)
             if step < steps:
                 if group == 0:
                     tiles.append(Tile(self, index))
                 tiles[index].measure(group)
                 if step == groups - 1 and task.gamma != None:
-                    require_finite(self.constants, self.gamma_columns, self.next_products()[:, 0:1])
-                if group == groups - 1:
-                    tiles[index].find_norm()
+                    zeros = self.next_products()[:, 0:1]
+                    sum_zeros(self.constants, self.gamma_columns, zeros)
+                    require_zeros(self.constants, zeros)
+            for turn in range(STAGES):
+                # A step for each stage, the later stage first: it frees what the earlier one writes.
+                stage = STAGES - 1 - turn if self.staged else turn
+                complete = step + 1 - (stage if self.staged else 0)
+                if complete > 0 and complete <= steps and complete % groups == 0:
+                    tiles[complete // groups - 1].find_numbers(stage)
+                    if stage == STAGES - 1:
+                        ready = complete
+        for finished in range(max(0, steps - self.finish_behind), steps):
+            tiles[finished // groups].finish(finished % groups)
 
 
 class Tile(nl.NKIObject):
@@ -201,6 +222,7 @@ class Tile(nl.NKIObject):
         self.packed = prefill.packed[index % prefill.in_flight][0 : self.rows, :]
         buffers = prefill.numbers[index % prefill.in_flight]
         self.numbers = RowNumbers(task, prefill.constants, buffers, self.rows)
+        self.gram = prefill.grams[index % 2][0 : self.rows, 0 : self.rows]
         self.stored = 0
 
     def columns(self, group: int):
@@ -209,9 +231,10 @@ class Tile(nl.NKIObject):
         return group * size, min((group + 1) * size, self.task.width)
 
     def load(self, group: int):
-        """Bring a group of chunks to SBUF, transposed by the DMA engines."""
+        """Bring groups to SBUF, transposed by the DMA engines."""
         pmax = nl.tile_size.pmax
-        start, stop = self.columns(group)
+        start = self.columns(group)[0]
+        stop = min(start + self.prefill.load_groups * GROUP * pmax, self.task.width)
         first = start // pmax
         whole = (stop - start) // pmax
         middle = start + whole * pmax
@@ -264,11 +287,10 @@ class Tile(nl.NKIObject):
 
     def measure(self, group: int):
         """First half, one group: its part of the sum of squares and of the peak."""
-        self.load(group)
+        if group % self.prefill.load_groups == 0:
+            self.load(group)
         if self.task.residual != None:
             self.add_residual(group)
-        else:
-            self.add_to_gram(group)
         if self.task.static_scale == None:
             products = self.weighted(group)
             accumulate_peak(
@@ -278,12 +300,14 @@ class Tile(nl.NKIObject):
                 group == 0,
                 group == self.prefill.groups - 1,
             )
+        if self.task.residual == None:
+            self.add_to_gram(group)
 
     def add_to_gram(self, group: int):
         """Add a group's share to the rows' products with one another; only the diagonal counts."""
         prefill, pmax = self.prefill, nl.tile_size.pmax
         start, stop = self.columns(group)
-        gram = prefill.gram[0 : self.rows, 0 : self.rows]
+        gram = self.gram
         for column in range(start, stop, pmax):
             used = min(pmax, stop - column)
             x = self.transposed[0][0:used, column // pmax, 0 : self.rows]
@@ -314,29 +338,26 @@ class Tile(nl.NKIObject):
         nisa.tensor_copy(dst=rounded, src=total, engine=nisa.engine.vector)
         nisa.dma_copy(dst=task.residual_out[self.first : self.last, start:stop], src=rounded)
 
-    def find_norm(self):
-        """The numbers of each row that do not depend on its peak, once every group is measured."""
-        self.sum_up()
-        self.numbers.find_norm(self.task.gamma != None)
-
-    def find_scale(self):
-        """The others."""
-        if self.task.static_scale == None:
-            self.numbers.find_scale()
-        else:
-            self.numbers.find_static_factor()
-
-    def sum_up(self):
-        """Set sum_squares where no engine summed them."""
+    def find_numbers(self, stage: int):
+        """The numbers of each row, once every group is measured: a stage for every wait of one engine."""
         prefill, numbers, rows = self.prefill, self.numbers, self.rows
-        if self.task.residual == None and self.task.gamma == None:
-            nisa.tensor_copy(dst=numbers.sum_squares, src=prefill.gram[0:rows, 0:1])
-        elif self.task.residual == None:
-            diagonal = prefill.diagonal_only[0:rows, 0:rows]
-            nisa.tensor_copy_predicated(
-                dst=diagonal, src=prefill.gram[0:rows, 0:rows], predicate=prefill.on_diagonal[0:rows, 0:rows]
-            )
+        sums_itself = self.task.residual != None
+        diagonal = prefill.diagonal_only[0:rows, 0:rows]
+        if stage == 0 and not sums_itself and self.task.gamma == None:
+            nisa.tensor_copy(dst=numbers.sum_squares, src=self.gram[:, 0:1])
+        elif stage == 0 and not sums_itself:
+            on_diagonal = prefill.on_diagonal[0:rows, 0:rows]
+            nisa.tensor_copy_predicated(dst=diagonal, src=self.gram, predicate=on_diagonal)
+        elif stage == 1 and not sums_itself and self.task.gamma != None:
             nisa.tensor_reduce(dst=numbers.sum_squares, op=nl.add, data=diagonal, axis=1)
+        elif stage == 2:
+            numbers.find_norm(self.task.gamma != None)
+        elif stage == 4 and self.task.static_scale != None:
+            numbers.find_static_factor()
+        elif stage == 4:
+            numbers.find_scale()
+        elif stage == 5 and self.task.static_scale == None:
+            numbers.find_factor()
 
     def quantize(self, group: int, vector_helps: bool):
         """Second half, one group: its codes; VectorE is a group behind, and helps once no tile is left."""
@@ -361,10 +382,6 @@ class Tile(nl.NKIObject):
             nisa.activation(
                 dst=codes, op=nl.copy, data=products, scale=self.numbers.factor, bias=self.numbers.zero
             )
-        if group > 0:
-            self.finish(group - 1)
-        if group == prefill.groups - 1:
-            self.finish(group)
 
     def finish(self, group: int):
         """Codes of invalid rows as the contract has them; the scale behind the last; store."""

@@ -98,16 +98,21 @@ class Constants(nl.NKIObject):
         limit: the largest sum of squares of a valid row; NaN where gamma is not finite, and no row is valid.
         static_factor: 1 / static_scale.
         high, low: STATIC with a lower bound: codes' values lie between them.
+        zeros: scratch; ones: ``[128, 128]``.
     """
 
     def __init__(self, task: Task):
-        numbers = nl.ndarray((nl.tile_size.pmax, 6), dtype=nl.float32, buffer=nl.sbuf)
+        pmax = nl.tile_size.pmax
+        numbers = nl.ndarray((pmax, 7), dtype=nl.float32, buffer=nl.sbuf)
         self.zero = numbers[:, 0:1]
         self.eps = numbers[:, 1:2]
         self.limit = numbers[:, 2:3]
         self.static_factor = numbers[:, 3:4]
         self.high = numbers[:, 4:5]
         self.low = numbers[:, 5:6]
+        self.zeros = numbers[:, 6:7]
+        self.ones = nl.ndarray((pmax, pmax), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.memset(self.ones, 1.0)
         nisa.memset(self.zero, 0.0)
         nisa.memset(self.eps, max(task.eps, SMALLEST_RSQRT))
         limit = LARGEST_FP32
@@ -236,7 +241,7 @@ class RowNumbers(nl.NKIObject):
         )
 
     def find_scale(self):
-        """From peak: scale and factor; the factor of an invalid row is of no use."""
+        """From peak: the scale, as it is where the row is valid."""
         task = self.task
         if task.lower_bound == None:
             nisa.tensor_scalar(
@@ -257,6 +262,9 @@ class RowNumbers(nl.NKIObject):
                 operand1=task.lower_bound / task.fp8_max,
             )
             nisa.tensor_scalar(dst=self.scale, data=self.scale, op0=nl.maximum, operand0=SCALE_FLOOR)
+
+    def find_factor(self):
+        """From the scale: factor, of no use in an invalid row, and then NaN for the scale of such a row."""
         nisa.reciprocal(dst=self.factor, data=self.scale)
         nisa.activation(dst=self.factor, op=nl.copy, data=self.factor, scale=self.inverse_rms, bias=self.zero)
         # All bits set are NaN.
@@ -266,21 +274,26 @@ class RowNumbers(nl.NKIObject):
         )
 
 
-def require_finite(constants: Constants, gamma: nl.NkiTensor, bank: nl.NkiTensor):
-    """Make the constants' limit NaN where gamma is not finite: 0 * gamma sums to 0, or to NaN.
+def sum_zeros(constants: Constants, gamma: nl.NkiTensor, bank: nl.NkiTensor):
+    """``bank [128, 1]`` in PSUM ``= Σ 0 * gamma``, which is 0, or NaN where gamma is not finite.
 
     Args:
-        constants: the owner of the limit.
+        constants: the owner of scratch.
         gamma: ``[128, n]`` in SBUF, in any order.
-        bank: ``[128, 1]`` in PSUM.
+        bank: the result, alike on every partition.
     """
-    pmax = nl.tile_size.pmax
     nothing = nl.ndarray(tuple(gamma.shape), dtype=nl.float32, buffer=nl.sbuf)
-    total = nl.ndarray((pmax, 1), dtype=nl.float32, buffer=nl.sbuf)
-    ones = nl.ndarray((pmax, pmax), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.memset(ones, 1.0)
     nisa.tensor_scalar_reduce(
-        dst=nothing, data=gamma, op0=nl.multiply, operand0=0.0, reduce_op=nl.add, reduce_res=total
+        dst=nothing,
+        data=gamma,
+        op0=nl.multiply,
+        operand0=0.0,
+        reduce_op=nl.add,
+        reduce_res=constants.zeros,
     )
-    nisa.nc_matmul(dst=bank, stationary=ones, moving=total, accumulate=False)
+    nisa.nc_matmul(dst=bank, stationary=constants.ones, moving=constants.zeros, accumulate=False)
+
+
+def require_zeros(constants: Constants, bank: nl.NkiTensor):
+    """Make the constants' limit NaN where the sum ``[128, 1]`` in PSUM is: every row is invalid."""
     nisa.tensor_tensor(dst=constants.limit, data1=bank, data2=constants.limit, op=nl.add)

@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # no Neuron SDK: the simulator's namespace
     from .simulator.nki import language as nl
 
 from .common import SCALE_BYTES
-from .rms_norm_quant_rows import Constants, RowNumbers, Task, number_buffers, require_finite
+from .rms_norm_quant_rows import Constants, RowNumbers, Task, number_buffers, require_zeros, sum_zeros
 
 MANY_ROWS = 32  # rows of a block where there are several blocks, two of them in SBUF
 FEW_ROWS = 64  # rows of a single block
@@ -61,10 +61,13 @@ class Spread(nl.NKIObject):
         self.blocks = []
         for _ in range(self.buffers):
             self.blocks.append(self.tiles())
-        if task.gamma != None:
-            self.gamma = self.load_vector(task.gamma)
-        if task.pre_gamma != None:
-            self.pre_gamma = self.load_vector(task.pre_gamma)
+
+    def load_gammas(self):
+        """Bring gamma and pre_gamma to SBUF."""
+        if self.task.pre_gamma != None:
+            self.pre_gamma = self.load_vector(self.task.pre_gamma)
+        if self.task.gamma != None:
+            self.gamma = self.load_vector(self.task.gamma)
 
     def bank(self):
         """Return a PSUM bank, ``[128, 512]`` fp32."""
@@ -181,6 +184,8 @@ class Block(nl.NKIObject):
         if task.residual != None:
             residual = buffers.residual[:, 0 : self.rows, :]
             self.move(task.residual, residual, True)
+        if self.first == task.first:  # what is needed first is loaded first
+            self.spread.load_gammas()
         x = self.hidden
         if task.pre_gamma != None:
             self.find_sums(x, self.pre_numbers, task.gamma == None)
@@ -201,9 +206,12 @@ class Block(nl.NKIObject):
         """The numbers of each row, and the product."""
         task, spread, zero = self.task, self.spread, self.spread.constants.zero
         numbers, rows = self.numbers, self.rows
+        checks = task.gamma != None and self.first == task.first
         if task.gamma != None:
             gamma = self.along_rows(spread.gamma)
             nisa.tensor_tensor(dst=self.product, data1=self.x, data2=gamma, op=nl.multiply)
+        if checks:
+            sum_zeros(spread.constants, spread.gamma, spread.total[:, 0:1])
         self.find_sums(self.x, numbers, task.gamma == None)
         if task.static_scale == None:
             maxima = self.buffers.parts[:, spread.block_rows : spread.block_rows + rows]
@@ -211,8 +219,8 @@ class Block(nl.NKIObject):
             nisa.tensor_reduce(dst=maxima, op=nl.maximum, data=self.scratch, axis=2)
             by_row = spread.peaks[0:rows, 0 : nl.tile_size.pmax]
             nisa.nc_transpose(dst=by_row, data=maxima, engine=nisa.engine.tensor)
-        if self.first == task.first and task.gamma != None:
-            require_finite(spread.constants, spread.gamma, spread.total[:, 0:1])
+        if checks:
+            require_zeros(spread.constants, spread.total[:, 0:1])
         numbers.find_norm(task.gamma != None)
         if task.pre_gamma != None:
             nisa.tensor_tensor(
@@ -221,6 +229,7 @@ class Block(nl.NKIObject):
         if task.static_scale == None:
             nisa.tensor_reduce(dst=numbers.peak, op=nl.maximum, data=by_row, axis=1)
             numbers.find_scale()
+            numbers.find_factor()
         else:
             numbers.find_static_factor()
 
@@ -290,8 +299,8 @@ class Block(nl.NKIObject):
     def store(self):
         """Send codes and scales to HBM."""
         task, width = self.task, self.task.width
-        codes = self.codes.view(task.out.dtype) if task.out.dtype != nl.uint8 else self.codes
-        self.move(task.out, codes, False)
         if task.static_scale == None:
             scale = self.numbers.scale.view(task.out.dtype)
             nisa.dma_copy(dst=task.out[self.first : self.last, width : width + SCALE_BYTES], src=scale)
+        codes = self.codes.view(task.out.dtype) if task.out.dtype != nl.uint8 else self.codes
+        self.move(task.out, codes, False)
