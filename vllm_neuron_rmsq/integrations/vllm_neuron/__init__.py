@@ -4,8 +4,7 @@ vLLM Neuron brings its own Llama and refuses such checkpoints. The way in has tw
 process:
 
 - where vLLM's configuration is made, the platform refuses quantized weights. Its validator is asked first;
-  when it
-  refuses a checkpoint that we take, the refusal is lifted, and the model's architecture becomes
+  when it refuses a checkpoint that we take, the refusal is lifted, and the model's architecture becomes
   :data:`ARCHITECTURE`.
 - in each worker, where vLLM Neuron registers its Llama, our factory is registered in its place, and as
   :data:`ARCHITECTURE`.

@@ -2,11 +2,11 @@
 here.
 
 Dimensions:
-    N: output features   K: input features, of the whole linear or of this rank's part of it
+    N: output features   H: input features, of the whole linear or of this rank's part of it
 
 The loader gives a parameter the tensors its keys name, as slices that are read when indexed, and the
 checkpoint's tensors are cut here. A column-parallel linear takes some of the rows (N) and their scales, a
-row-parallel one some of the columns (K) and all scales. Several linears that read the same input are stacked
+row-parallel one some of the columns (H) and all scales. Several linears that read the same input are stacked
 over N, each with its own scales.
 """
 
@@ -33,9 +33,9 @@ class Part(NamedTuple):
 
     Attributes:
         name: the linear's, as in ``model.layers.0.mlp.up_proj``.
-        shape: of the whole weight, ``(N, K)``.
+        shape: of the whole weight, ``(N, H)``.
         rows: which of N.
-        columns: which of K.
+        columns: which of H.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """``(N, K)`` of the part."""
+        """``(N, H)`` of the part."""
         return len(range(*self.rows.indices(self.shape[0]))), len(range(*self.columns.indices(self.shape[1])))
 
 
@@ -88,11 +88,11 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(N, K)`` of the stack on this rank."""
+        """``(N, H)`` of the stack on this rank."""
         return sum(part.size[0] for part in self.parts), self.parts[0].size[1]
 
     def fitted(self, slices: list[Any]) -> tuple[Tensor, Tensor]:
-        """Return codes ``[N, K]`` uint8 and scales ``[N]`` fp32 within the target's range.
+        """Return codes ``[N, H]`` uint8 and scales ``[N]`` fp32 within the target's range.
 
         A tensor is halved whole or not at all, whatever part of it a rank has, so that the ranks agree.
         """
@@ -116,7 +116,7 @@ class Source:
         return torch.cat(scales)
 
     def dequantized(self, slices: list[Any], dtype: torch.dtype) -> Tensor:
-        """Return the weight as numbers, ``[K, N]``."""
+        """Return the weight as numbers, ``[H, N]``."""
         values = [
             _codes(part, weight).view(torch.float8_e4m3fn).float() * _scale(part, scale)[:, None]
             for part, weight, scale in self._each(slices)
@@ -145,7 +145,7 @@ def _largest(codes: Tensor) -> int:
 
 
 def _codes(part: Part, weight: Any) -> Tensor:
-    """The part's codes, ``[N, K]`` uint8.
+    """The part's codes, ``[N, H]`` uint8.
 
     Raises:
         ValueError: the tensor is of another dtype or shape than the linear's, or holds NaN.
@@ -208,7 +208,7 @@ class RowFp8Linear(nn.Module):
         return ops.prepack_fp8_weight(codes, scale, self.kernels.backend).data
 
     def forward(self, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[T, K + 4]`` uint8 packed rows to ``[T, N]``."""
+        """``[T, H + 4]`` uint8 packed rows to ``[T, N]``."""
         return self.kernels.linear(packed, self.weight, self.weight_scale, bias, self.source.shape)
 
 
@@ -239,7 +239,7 @@ def bias(parts: list[Part], dtype: torch.dtype, once: bool) -> nn.Parameter:
 
 
 def dequantize_into(parameter: nn.Parameter, parts: list[Part], target: Target) -> None:
-    """Have a stock parameter ``[K, N]`` filled with FP8 linears' weights as numbers."""
+    """Have a stock parameter ``[H, N]`` filled with FP8 linears' weights as numbers."""
     source = Source(parts, target)
     dtype = parameter.dtype
     attach(parameter, source.keys, lambda slices, rank: source.dequantized(slices, dtype))
