@@ -56,8 +56,9 @@ SCALE_RTOL = 2.0**-7
 CODES_OFF = 0.02
 """What the contract allows NKI kernels: scales within 2^-7, codes one step off on at most 2 %."""
 
-MARGIN = 0.1
-"""Two first choices of a model, in nats, that are nearer than this may change places by rounding."""
+MARGIN = 0.6
+"""Two first choices of a model, in nats, that are nearer than this may change places by rounding: twice the
+most that a relative noise of 2^-8 on each matmul's result moved a log-probability of the tiny model."""
 
 RANKS = (1, 2)
 BACKENDS = ("torch", "cpu", "nki-sim")

@@ -80,12 +80,13 @@ def rms_norm_quant(
         ValueError: an argument has the wrong dtype, shape, device or range.
         BackendUnavailableError: the backend cannot run here.
     """
-    name = dispatch.backend(backend, "cpu" if hidden.is_cpu else hidden.device.type)
+    on_cpu = hidden.is_cpu
+    name = dispatch.backend(backend, "cpu" if on_cpu else hidden.device.type)
     compiling = torch.compiler.is_compiling()  # asked once: it takes as long as finding the backend
     # The native op checks its arguments in a tenth of the time, but never sees those of another device.
     op_checks = (
-        name == "cpu"
-        and hidden.is_cpu
+        on_cpu
+        and name == "cpu"
         and (weight is None or weight.is_cpu)
         and (residual is None or residual.is_cpu)
         and (static_scale is None or not isinstance(static_scale, Tensor) or static_scale.is_cpu)
