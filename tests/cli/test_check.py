@@ -44,6 +44,7 @@ def test_a_misspelt_setting_is_an_error(monkeypatch):
         printed()
 
 
+@pytest.mark.engine
 def test_on_vllm_neuron_it_says_what_would_be_served():
     """With the stand-in for vLLM Neuron installed, in a process of its own: vLLM has one platform there."""
     program = (

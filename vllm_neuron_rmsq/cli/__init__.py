@@ -54,7 +54,7 @@ def quantize(
             progress.update(task, completed=done, total=total)
 
         linears = checkpoint.convert(source, out, target, tell)
-    console.print(f"{out}: {linears} linears in FP8 for {target}")
+    console.print(f"{out}: {linears} linears in FP8 for {target}", soft_wrap=True)
 
 
 @app.command()

@@ -41,6 +41,9 @@ ARCHITECTURES = {
 }
 
 
+pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
+
+
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch):
     monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
