@@ -9,8 +9,6 @@ import pytest
 from neuron_llamas import write
 from neuron_standin.run import HERE, environment
 
-pytestmark = pytest.mark.engine  # each test starts programs of its own
-
 REFUSAL = "Neuron only supports compressed-tensors for KV cache quantization"
 UNKNOWN = "Model architectures ['RowFp8LlamaForCausalLM'] are not supported"
 

@@ -133,40 +133,29 @@ def test_probe_dma_of_four_bytes_a_row(launch, width):
 @nki.jit
 def double_row(x, w):
     """``x [128, 2, T]`` by ``w [128, 2, N]``: 256 products a result, halves apart."""
-    _, _, rows = x.shape
-    features = w.shape[2]
-    left = nl.ndarray((ROWS, 2, rows), dtype=nl.uint8, buffer=nl.sbuf)
-    right = nl.ndarray((ROWS, 2, features), dtype=nl.uint8, buffer=nl.sbuf)
+    left = nl.ndarray(x.shape, dtype=nl.uint8, buffer=nl.sbuf)
     nisa.dma_copy(dst=left, src=x)
-    nisa.dma_copy(dst=right, src=w)
-    bank = nl.ndarray((rows, features), dtype=nl.float32, buffer=nl.psum)
-    nisa.nc_matmul(
-        dst=bank,
-        stationary=left.view(nl.float8_e4m3),
-        moving=right.view(nl.float8_e4m3),
-        accumulate=False,
-        perf_mode=nisa.matmul_perf_mode.double_row,
-    )
-    result = nl.ndarray((rows, features), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=result, src=bank)
-    out = nl.ndarray((rows, features), dtype=nl.float32, buffer=nl.shared_hbm)
-    nisa.dma_copy(dst=out, src=result)
-    return out
+    return product_of(left.view(nl.float8_e4m3), w)
 
 
 @nki.jit
 def interleaved_double_row(x, w):
     """The same from ``x [128, 2 T]`` whose neighbouring bytes are a pair: stride 1 between halves."""
-    rows = x.shape[1] // 2
-    features = w.shape[2]
-    left = nl.ndarray((ROWS, 2 * rows), dtype=nl.uint8, buffer=nl.sbuf)
-    right = nl.ndarray((ROWS, 2, features), dtype=nl.uint8, buffer=nl.sbuf)
+    left = nl.ndarray(x.shape, dtype=nl.uint8, buffer=nl.sbuf)
     nisa.dma_copy(dst=left, src=x)
+    pairs = left.view(nl.float8_e4m3).reshape_dim(1, (x.shape[1] // 2, 2))
+    return product_of(pairs.permute((0, 2, 1)), w)
+
+
+def product_of(stationary, w):
+    """``stationary [128, 2, T]`` FP8 on chip by ``w [128, 2, N]`` uint8 in HBM, to ``[T, N]`` fp32 in HBM."""
+    rows, features = stationary.shape[2], w.shape[2]
+    right = nl.ndarray(w.shape, dtype=nl.uint8, buffer=nl.sbuf)
     nisa.dma_copy(dst=right, src=w)
     bank = nl.ndarray((rows, features), dtype=nl.float32, buffer=nl.psum)
     nisa.nc_matmul(
         dst=bank,
-        stationary=left.view(nl.float8_e4m3).reshape_dim(1, (rows, 2)).permute((0, 2, 1)),
+        stationary=stationary,
         moving=right.view(nl.float8_e4m3),
         accumulate=False,
         perf_mode=nisa.matmul_perf_mode.double_row,
