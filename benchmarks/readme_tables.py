@@ -61,6 +61,16 @@ def rms_norm_quant() -> str:
     )
 
 
+def silu_mul_quant() -> str:
+    """How the fused activation function compares with stock vLLM's two steps."""
+    lines = common.latest("silu_mul_quant")
+    stock, compiled = ([float(line[f"{side} / ours"]) for line in lines] for side in ("stock", "compiled"))
+    return (
+        f"SiLU × up + quantization is {_range(stock, '.0f')} times as fast as stock vLLM's and\n"
+        f"{_range(compiled, '.1f')} times as fast as the same compiled ({_when(lines)})."
+    )
+
+
 def nki_cost() -> str:
     """What the NKI kernels should take on Trainium2."""
     table = [
@@ -78,7 +88,8 @@ def nki_cost() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    block.__name__: block for block in (end_to_end, packed_fp8_linear, rms_norm_quant, nki_cost)
+    block.__name__: block
+    for block in (end_to_end, packed_fp8_linear, rms_norm_quant, silu_mul_quant, nki_cost)
 }
 
 
