@@ -10,6 +10,7 @@ compiler, or when compiling fails, the package installs all the same, and
 import os
 import platform
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -103,18 +104,20 @@ class BuildKernels(build_ext):
             raise NotBuilt(f"they are built on Linux only, not on {sys.platform}")
         torch = find_torch()
         self.compiler.spawn = run
-        jobs: list[tuple[Path, str, list[str], tuple[str, str], list[str]]] = []
+        digest = runpy.run_path(str(SOURCES / "digest.py"))
+        common = [TORCH_TARGET, ("RMSQ_SOURCES", f'"{digest["MARK"]}{digest["digest"]()}"')]
+        jobs: list[tuple[Path, str, list[str], list[tuple[str, str]], list[str]]] = []
         for source in sorted(SOURCES.glob("*.cpp")):
             if source.name in KERNELS:
-                jobs += [(source, level, flags, ("RMSQ_ISA", level), []) for level, flags in LEVELS.items()]
+                jobs += [(source, level, flags, [("RMSQ_ISA", level)], []) for level, flags in LEVELS.items()]
             else:
-                jobs.append((source, "common", [], TORCH_TARGET, [str(torch / "include")]))
+                jobs.append((source, "common", [], common, [str(torch / "include")]))
 
-        def compile_one(source, folder, flags, macro, include):
+        def compile_one(source, folder, flags, macros, include):
             return self.compiler.compile(
                 [str(source)],
                 output_dir=os.path.join(self.build_temp, folder),
-                macros=[macro],
+                macros=macros,
                 include_dirs=include,
                 extra_postargs=[*FLAGS, *flags],
             )

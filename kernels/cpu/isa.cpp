@@ -1,4 +1,5 @@
-// Which instruction-set level runs, and the two C functions through which Python asks and chooses.
+// Which instruction-set level runs, and the two C functions through which Python asks and chooses. And which
+// sources the library is of: digest.py.
 #include "isa.h"
 
 #include <atomic>
@@ -24,6 +25,9 @@ rmsq::Isa best() {
 }
 
 std::atomic<rmsq::Isa> in_force{best()};
+
+// Python looks for it in the file, before it is loaded.
+[[gnu::used]] const char sources[] = RMSQ_SOURCES;
 
 }  // namespace
 

@@ -41,7 +41,7 @@ rmsq::RmsNormQuant check(
     work.dtype = check_dtype("hidden", scalar_type(hidden));
     work.H = sizes.back();
     if (residual) {
-        if (!(residual->sizes() == sizes)) {
+        if (!residual->sizes().equals(sizes)) {
             raise_value_error(
                 "residual: expected shape ", shape_text(hidden), " (hidden's), got ", shape_text(*residual));
         }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -51,7 +52,7 @@ inline std::string shape_text(const Tensor& tensor) {
 // Quicker than the tensor's own scalar_type(), which asks torch to translate the number it has.
 inline ScalarType scalar_type(const Tensor& tensor) {
     int32_t type;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
     return static_cast<ScalarType>(type);
 }
 
@@ -119,7 +120,7 @@ inline std::vector<int64_t> contiguous_strides(const int64_t* sizes, int64_t dim
 inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) {
     const std::vector<int64_t> strides = contiguous_strides(sizes, dim);
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         dim, sizes, strides.data(), static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle));
     Tensor tensor(handle);
     const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());

@@ -13,6 +13,7 @@ import torch
 
 from vllm_neuron_rmsq import backends, ops, reference, settings
 from vllm_neuron_rmsq.backends import cpu
+from vllm_neuron_rmsq.kernels.cpu.digest import digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,31 @@ def test_library_that_does_not_load(without_library):
     cpu.LIBRARY.write_bytes(b"not a library")
     assert "cannot be loaded" in backends.unavailable("cpu")
     assert "reinstall with pip install --no-build-isolation" in backends.unavailable("cpu")
+
+
+def test_library_of_other_sources_is_not_loaded(without_library, monkeypatch):
+    """Calling it would end the process: its functions take other arguments."""
+    installed = (ROOT / "vllm_neuron_rmsq/_cpu_kernels.so").read_bytes()
+    for library in (
+        installed.replace(digest().encode(), b"0123456789abcdef"),
+        installed.replace(b"rmsq", b"????"),
+    ):
+        assert library != installed
+        cpu.LIBRARY.write_bytes(library)
+        reason = "they were built from other sources than those installed beside them; reinstall with pip"
+        assert reason in backends.unavailable("cpu")
+        assert backends.resolve("auto", "cpu") == "torch"
+        assert str(cpu.LIBRARY) not in torch.ops.loaded_libraries
+
+
+def test_comments_and_spaces_do_not_make_other_sources(tmp_path, monkeypatch):
+    source = tmp_path / "a.cpp"
+    monkeypatch.setitem(digest.__globals__, "__file__", str(tmp_path / "digest.py"))
+    found = []
+    for text in ("int a;\n", "int a; // a\n", "int  a;\n\n", "int b;\n"):
+        source.write_text(text)
+        found.append(digest())
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def test_chosen_level_is_put_in_force_and_must_be_there(monkeypatch):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from pathlib import Path
 
 import torch
 
 from vllm_neuron_rmsq.backends.base import Backend
+from vllm_neuron_rmsq.kernels.cpu.digest import MARK, digest
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 """Instruction-set levels, best last."""
@@ -27,6 +29,10 @@ REMEDY = "reinstall with pip install --no-build-isolation beside torch >= 2.11 a
 
 @functools.cache
 def _load() -> ctypes.CDLL:
+    # Before it is loaded, which registers what it has under the names of our ops.
+    built_from = re.search(rf"{MARK}(\w+)".encode(), LIBRARY.read_bytes())
+    if built_from is None or built_from[1].decode() != digest():
+        raise OSError("they were built from other sources than those installed beside them")
     torch.ops.load_library(str(LIBRARY))
     library = ctypes.CDLL(str(LIBRARY))
     library.rmsq_best_isa.restype = ctypes.c_char_p
