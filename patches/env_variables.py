@@ -3,7 +3,7 @@
 What: adds ``VLLM_RMSQ_*`` to ``vllm.envs.environment_variables``.
 Why: vLLM warns of every ``VLLM_`` variable that is not in there ("Unknown vLLM environment variable
     detected"), which makes a right setting look like a wrong one.
-Versions: vLLM 0.32 (the warning as of 0.18).
+Versions: vLLM 0.24 to 0.33 (the warning as of 0.18).
 Delete when: plugins can declare variables, or vLLM asks only for its own.
 """
 

@@ -5,7 +5,7 @@ What: moves our class to the front of the platform's list of FP8 kernels, ``_POS
     ``register_linear_kernel``.
 Why: registration appends and selection takes the first kernel that can implement a layer, so a kernel
     registered from outside would only ever get what the stock ones refuse.
-Versions: vLLM 0.32 (``register_linear_kernel`` as of 0.19).
+Versions: vLLM 0.24 to 0.33 (``register_linear_kernel`` as of 0.19).
 Delete when: ``register_linear_kernel`` takes a priority.
 """
 

@@ -3,8 +3,8 @@ called, and, as a script, real ``LLM`` starts under them.
 
 The script reads cases from standard input, one JSON object a line, and answers each with one:
 
-    {"checkpoint": folder, "change": "none" | "missing" | "called" | "foreign" | "no plugin",
-     "name": "module:dotted.name"}
+    {"checkpoint": folder, "change": "none" | "missing" | "called" | "version" | "foreign" | "no plugin",
+     "name": "module:dotted.name" or a version}
 
 vLLM is imported once, and each case runs in a fork of that process, which has computed nothing yet. The
 change is in force while the plugin registers, and undone before vLLM goes on: it needs most of the names
@@ -115,6 +115,11 @@ def _renamed_in_code(function: Any, name: str) -> Iterator[None]:
         function.__code__ = code
 
 
+def of_version(version: str) -> contextlib.AbstractContextManager[object]:
+    """Let vLLM say that it is ``version``."""
+    return mock.patch("vllm.__version__", version)
+
+
 @contextlib.contextmanager
 def foreign_norm(name: str) -> Iterator[None]:
     """Another plugin has replaced vLLM's RMSNorm: for good, unlike the other changes."""
@@ -131,6 +136,7 @@ CHANGES: dict[str, Callable[[str], contextlib.AbstractContextManager[object]]] =
     "none": lambda name: contextlib.nullcontext(),
     "missing": missing,
     "called": called_differently,
+    "version": of_version,
     "foreign": foreign_norm,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vllm_models import Loaded, tiny_config, write_checkpoint
 
 from vllm_neuron_rmsq import settings
 from vllm_neuron_rmsq.backends import BackendUnavailableError
-from vllm_neuron_rmsq.integrations.vllm import fusion, proof, schemes
+from vllm_neuron_rmsq.integrations.vllm import fusion, proof, schemes, versions
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
 from vllm_neuron_rmsq.integrations.vllm.silu_mul import SiluMulQuant
 
@@ -334,14 +335,15 @@ def test_an_output_that_is_kept_is_not_fused(checkpoint, monkeypatch):
     assert len(report.fused) == 3
 
 
-def test_width_mismatch_and_linears_that_need_plain_input_are_refuted():
+def test_width_mismatch_and_linears_that_need_plain_input_are_refuted(monkeypatch):
     linear = torch.nn.Linear(2, 2)
-    linear._input_quant_key = schemes.SCHEMES[0].rows
+    kernel = types.SimpleNamespace(input_quant_key=lambda: schemes.SCHEMES[0].rows)
+    versions.expose_input_quant_key(linear, kernel)
     linear.input_size_per_partition = 64
     linears, names = {linear: schemes.SCHEMES[0]}, {linear: "a.linear"}
     finding = proof.Finding(width=128, linears=[linear])
     assert fusion.misfit(finding, linears, names) == "it is 128 wide and a.linear takes 64 features"
     finding.width = 64
     assert fusion.misfit(finding, linears, names) == ""
-    linear.requires_unquantized_input = True
+    monkeypatch.setattr(versions, "get_input_quant_key", lambda linear: None)
     assert fusion.misfit(finding, linears, names) == "a.linear needs unquantized input"

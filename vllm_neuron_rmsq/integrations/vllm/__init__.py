@@ -18,8 +18,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 def apply() -> None:
     """Register norms, linear kernel and loader hook with vLLM; a second call changes nothing.
 
-    1. Every name of vLLM's that will be needed is looked up. If one is missing, vLLM stays as it is and one
-       warning names what is missing.
+    1. vLLM's version is read and every name of it that will be needed is looked up. If it is not a supported
+       one, or a name is missing, vLLM stays as it is and one warning says so.
     2. The plugin's environment variables are made known to vLLM.
     3. ``RMSNormQuant`` is registered as the out-of-tree ``RMSNorm``, and its sister as the norm of vLLM's
        Transformers backend: stock until they are bound.

@@ -111,7 +111,7 @@ def _activations(names: Mapping, report: FusionReport) -> dict[silu_mul.Place, L
 
 def _scheme(module: nn.Module) -> Scheme | None:
     """The scheme of a packed FP8 linear, told by the key of the rows it takes; ``None`` for other modules."""
-    key = getattr(module, "_input_quant_key", None)
+    key = versions.exposed_input_quant_key(module)
     return next((scheme for scheme in schemes.SCHEMES if key == scheme.rows), None)
 
 

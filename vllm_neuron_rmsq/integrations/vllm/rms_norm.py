@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from vllm_neuron_rmsq.integrations.vllm import versions
 from vllm_neuron_rmsq.integrations.vllm.schemes import Binding
-from vllm_neuron_rmsq.integrations.vllm.versions import RMSNorm, TPAwareRMSNorm
+from vllm_neuron_rmsq.integrations.vllm.versions import RMSNorm
 from vllm_neuron_rmsq.reference import DTYPES
 
 
@@ -52,9 +53,12 @@ class RMSNormQuant(RMSNorm):
         return ""
 
 
-class TPAwareRMSNormQuant(TPAwareRMSNorm, RMSNormQuant):
-    """The same for the norm that vLLM's Transformers backend builds (SmolLM3, OLMo 2/3, Arcee, ...)."""
-
-
-REPLACEMENTS = {RMSNorm: RMSNormQuant, TPAwareRMSNorm: TPAwareRMSNormQuant}
+REPLACEMENTS = {RMSNorm: RMSNormQuant}
 """vLLM's class -> what is registered in its place."""
+
+if versions.has("TPAwareRMSNorm"):
+
+    class TPAwareRMSNormQuant(versions.TPAwareRMSNorm, RMSNormQuant):
+        """The same for the norm that vLLM's Transformers backend builds (SmolLM3, OLMo 2/3, Arcee, ...)."""
+
+    REPLACEMENTS[versions.TPAwareRMSNorm] = TPAwareRMSNormQuant

@@ -1,24 +1,32 @@
-"""The only reader of vLLM's names: what the plugin needs of vLLM, and whether this vLLM has it.
+"""The only reader of vLLM's names: which vLLM the plugin takes, what it needs of it, what differs by version.
 
 vLLM promises none of these names to plugins. They are listed here once, and :func:`missing` looks all of them
-up before anything of vLLM is changed. The other modules take them from here, as attributes:
-``versions.RMSNorm`` or ``from ...versions import RMSNorm``.
+up before anything of vLLM is changed. The other modules take them from here, as attributes
+(``versions.RMSNorm`` or ``from ...versions import RMSNorm``), and need not know in which version they run:
+a name that some supported versions lack is asked for by :func:`has`, and what is called otherwise in some has
+one function here, under the newest version's name.
 
-To support another vLLM: run ``missing()`` there, mend what it names, and run ``tests/integrations/vllm``.
+To support another vLLM: ``docs/supporting-a-vllm-version.md``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from typing import Any
 
 from vllm_neuron_rmsq.integrations import names
 
-SUPPORTED = "0.32"
+Version = tuple[int, int]
+
+OLDEST: Version = (0, 24)
+NEWEST: Version = (0, 33)
+SUPPORTED = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+
+_QUANT_ACTIVATION = "vllm.model_executor.layers.fusion.quant_activation"
 
 NEEDED: dict[str, str | None] = {
-    # "module:name" -> how it is called, or None where it is only read. Names in one call stand in the order
-    # they are passed in; those after "*" are passed by name.
     "vllm.envs:environment_variables": None,
     "vllm.envs:VLLM_BATCH_INVARIANT": None,
     "vllm.platforms:current_platform._enum": None,
@@ -33,7 +41,6 @@ NEEDED: dict[str, str | None] = {
     "vllm.model_executor.layers.layernorm:RMSNorm.hidden_size": None,
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_epsilon": None,
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_size_override": None,
-    "vllm.model_executor.models.transformers.fusers.rms_norm:TPAwareRMSNorm.forward": "self, x, residual",
     # Activation functions
     "vllm.model_executor.layers.activation:SiluAndMul.forward_native": "x",
     # FP8 linears
@@ -58,15 +65,13 @@ NEEDED: dict[str, str | None] = {
             "FP8ScaledMMLinearLayerConfig.out_dtype": None,
         }.items()
     },
-    "vllm.model_executor.utils:replace_parameter": "layer, param_name, new_tensor",
     # What a norm hands to a linear
     **{
-        f"vllm.model_executor.layers.fusion.quant_activation:{name}": call
+        f"{_QUANT_ACTIVATION}:{name}": call
         for name, call in {
             "QuantizedActivation": "data, scale, orig_dtype, orig_shape, quant_key",
             "as_quantized_activation": "x, expected_key",
-            "get_input_quant_key": "layer",
-            "expose_input_quant_key._input_quant_key": None,
+            "expose_input_quant_key": "layer, kernel",
         }.items()
     },
     **{
@@ -99,15 +104,55 @@ NEEDED: dict[str, str | None] = {
     "vllm.forward_context:set_forward_context": ("attn_metadata, vllm_config, *, num_tokens, skip_compiled"),
     "vllm.sequence:IntermediateTensors.tensors": None,
 }
+"""In every supported version: "module:name" -> how it is called, or None where it is only read. Names in one
+call stand in the order they are passed in; those after "*" are passed by name."""
 
-_MODULES = {path.partition(":")[2].partition(".")[0]: path.partition(":")[0] for path in NEEDED}
+NEEDED_SINCE: dict[Version, dict[str, str | None]] = {
+    # The Transformers backend builds plain RMSNorms before.
+    (0, 25): {
+        "vllm.model_executor.models.transformers.fusers.rms_norm:TPAwareRMSNorm.forward": "self, x, residual",
+    },
+    (0, 28): {"vllm.model_executor.utils:replace_parameter": "layer, param_name, new_tensor"},
+    (0, 30): {
+        f"{_QUANT_ACTIVATION}:get_input_quant_key": "layer",
+        f"{_QUANT_ACTIVATION}:expose_input_quant_key._input_quant_key": None,
+    },
+}
+"""The same, from the version on that has them."""
+
+NEEDED_BEFORE: dict[Version, dict[str, str | None]] = {
+    (0, 28): {"vllm.model_executor.utils:replace_parameter": "layer, param_name, new_data"},
+    (0, 30): {f"{_QUANT_ACTIVATION}:expose_input_quant_key.input_quant_key": None},
+}
+"""The same, up to the version that has them no more, or calls them otherwise."""
 
 
 def __getattr__(name: str) -> Any:
-    """vLLM's object of that name, for every name in ``NEEDED``."""
-    if name not in _MODULES:
-        raise AttributeError(f"{name}: not listed in {__name__}.NEEDED")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    """vLLM's object of that name, for every name that this version has of the tables above."""
+    if name not in _modules():
+        raise AttributeError(f"{name}: not listed in {__name__}.NEEDED for vLLM {installed()}")
+    return getattr(importlib.import_module(_modules()[name]), name)
+
+
+def has(name: str) -> bool:
+    """Whether this vLLM has ``name``, one that is in the tables for some versions only."""
+    return name in _modules()
+
+
+def get_input_quant_key(layer: Any) -> Any:
+    """Return the key under which a linear takes quantized input, or ``None`` where it, or what is around it
+    (a LoRA layer, for one), wants it plain.
+
+    vLLM's function of that name; before 0.30 there is none, and what is around a linear has no key.
+    """
+    if has("get_input_quant_key"):
+        return __getattr__("get_input_quant_key")(layer)
+    return exposed_input_quant_key(layer)
+
+
+def exposed_input_quant_key(layer: Any) -> Any:
+    """Return the key that ``expose_input_quant_key`` stored on a linear, or ``None``."""
+    return getattr(layer, "_input_quant_key" if version() >= (0, 30) else "input_quant_key", None)
 
 
 def installed() -> str:
@@ -115,6 +160,36 @@ def installed() -> str:
     return getattr(importlib.import_module("vllm"), "__version__", "of unknown version")
 
 
+def version() -> Version:
+    """Return vLLM's version as far as the tables go by it; ``(0, 0)`` where it cannot be told."""
+    found = re.match(r"(\d+)\.(\d+)", installed())
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def needed(of: Version) -> dict[str, str | None]:
+    """Return what is needed of a vLLM of version ``of``, as :data:`NEEDED` has it."""
+    table = dict(NEEDED)
+    for first, some in NEEDED_SINCE.items():
+        table |= some if of >= first else {}
+    for first, some in NEEDED_BEFORE.items():
+        table |= some if of < first else {}
+    return table
+
+
 def missing() -> list[str]:
-    """Return what this vLLM lacks of ``NEEDED``, in words, or an empty list. Changes nothing."""
-    return names.missing(NEEDED)
+    """Return why the plugin cannot work with this vLLM, in words, or an empty list. Changes nothing.
+
+    Its version must be a supported one, which is said without a look at its names, and it must have every
+    name that is needed of that version.
+    """
+    if version() > NEWEST:
+        return ["newer than any it was tried with"]
+    if version() < OLDEST:
+        return ["older than any it was tried with" if version() > (0, 0) else "no version that can be read"]
+    return names.missing(needed(version()))
+
+
+@functools.cache
+def _modules() -> dict[str, str]:
+    """The module of each of this vLLM's names."""
+    return {path.partition(":")[2].partition(".")[0]: path.partition(":")[0] for path in needed(version())}
