@@ -4,8 +4,8 @@ What: wraps the method of ``vllm.model_executor.model_loader.base_loader.BaseMod
     around it is the hook's business (``integrations/vllm/loader.py``).
 Why: the proof needs the whole model with its final weights, and plugins are given neither: entry points
     run before a model exists, ``process_weights_after_loading`` sees one layer at a time.
-Versions: vLLM 0.24 to 0.33. Loaders that override ``load_model`` (tensorizer, modelexpress, ipc_cache) are not
-    covered: their models keep stock norms, with packed FP8 matmuls.
+Versions: vLLM 0.24 to 0.33. Loaders that override ``load_model`` (tensorizer, modelexpress, ipc_cache) are
+    not covered: their models keep stock norms, with packed FP8 matmuls.
 Delete when: vLLM has a hook for plugins after a model is loaded, or norms and linears negotiate
     ``QuantizedActivation`` in the model files (vLLM PR 45364).
 """
