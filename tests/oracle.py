@@ -93,6 +93,38 @@ def silu_mul_quant(
     return _quantized(y, None, static_scale, target)
 
 
+def packed_fp8_linear(
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract's matmul in float64, of codes that are not NaN.
+
+    Args:
+        codes: ``[..., H]`` uint8.
+        row_scale: ``[..., 1]``, or one.
+        weight: ``[N, H]`` uint8.
+        weight_scale: ``[N]``, ``[1]`` or a scale for each block of 128 x 128.
+        bias: ``[N]``.
+
+    Returns:
+        ``[..., N]`` float64, and the same of magnitudes: what rounding errors are relative to.
+    """
+    x = from_fp8(codes.numpy()) * row_scale.double().numpy()
+    scale = weight_scale.double().numpy()
+    if scale.ndim == 2:
+        n, h = np.indices(weight.shape) // 128
+        scale = scale[n, h]
+    else:
+        scale = scale[:, None]
+    w = from_fp8(weight.numpy()) * scale
+    shift = 0.0 if bias is None else bias.double().numpy()
+    out, magnitude = x @ w.T + shift, np.abs(x) @ np.abs(w).T + np.abs(shift)
+    return torch.from_numpy(out), torch.from_numpy(magnitude)
+
+
 def _quantized(
     y: np.ndarray, residual_out: torch.Tensor | None, static_scale: float | None, target: str
 ) -> Expected:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -37,6 +39,63 @@ def test_codes_fit_the_target_and_are_the_nearest(seed, n, k, target, dtype, pow
     assert (
         (values - exact).abs() <= torch.maximum(exact.abs() * 2.0**-4, torch.tensor(2.0**-10)) * (1 + 1e-6)
     ).all()
+
+
+@given(
+    seed=st.integers(0, 1000),
+    n=st.sampled_from([1, 127, 128, 129, 260]),
+    k=st.sampled_from([1, 100, 128, 300]),
+    target=st.sampled_from(list(TARGETS.values())),
+)
+def test_blocks_are_quantized_each_by_itself(seed, n, k, target):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    weight[:128, :128] *= 1000
+    codes, scale = weights.quantize(weight, target, blocks=True)
+    assert scale.shape == weights.block_scale_shape(n, k) == (-(-n // 128), -(-k // 128))
+    for i in range(0, n, 128):
+        for j in range(0, k, 128):
+            part = weight[i : i + 128, j : j + 128]
+            expected, one = weights.quantize(part.reshape(1, -1), target)
+            assert torch.equal(scale[i // 128, j // 128], one[0, 0])
+            block = codes[i : i + 128, j : j + 128]
+            assert torch.equal(block.float(), expected.float().reshape(part.shape))
+    expanded = weights.expand_block_scale(scale, n, k)
+    assert expanded.shape == (n, k)
+    assert expanded[-1, -1] == scale[-1, -1]
+    assert expanded[0, -1] == scale[0, -1]
+
+
+def test_fitting_block_scales_halves_codes_and_doubles_scales():
+    codes, scale = weights.quantize(torch.randn(200, 300), TRN3, blocks=True)
+    fitted = weights.fit(codes.view(torch.uint8), scale, TRN2)
+    assert fitted.halved
+    assert torch.equal(fitted.scale, scale * 2)
+    before = codes.float() * weights.expand_block_scale(scale, 200, 300)
+    after = fitted.codes.view(torch.float8_e4m3fn).float()
+    after = after * weights.expand_block_scale(fitted.scale, 200, 300)
+    torch.testing.assert_close(after, before, rtol=0, atol=2**-9 * scale.max().item())
+
+
+@pytest.mark.parametrize("shape", [(200,), (1,), (2, 3)])
+def test_scales_that_lose_weights_are_refused(shape):
+    codes = torch.full((200, 300), 0x38, dtype=torch.uint8)
+    for value, message in ((-0.5, r"got -0.5; the checkpoint"), (0.0, r"got 0 for [0-9]+ weights")):
+        scale = torch.ones(shape)
+        scale.view(-1)[-1] = value
+        with pytest.raises(ValueError, match=rf"^weight_scale: expected positive numbers, {message}"):
+            weights.fit(codes, scale, TRN2)
+    scale = torch.ones(shape)
+    scale.view(-1)[-1] = math.nan
+    with pytest.raises(ValueError, match="weight: holds NaN or Inf in its codes or scales"):
+        weights.fit(codes, scale, TRN2)
+
+
+def test_a_scale_of_zero_is_taken_where_all_codes_are_zero():
+    codes = torch.full((200, 300), 0x38, dtype=torch.uint8)
+    codes[128:, 256:] = 0x80
+    scale = torch.ones(2, 3)
+    scale[1, 2] = 0
+    assert weights.fit(codes, scale, TRN2) == (codes, scale, False)
 
 
 def test_halving_is_exact_but_for_odd_subnormals():

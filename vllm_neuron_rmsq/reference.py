@@ -1,8 +1,11 @@
-"""The numbers: RMSNorm or SiLU + FP8 quantization in plain torch, the statement every backend is held to.
+"""The numbers: RMSNorm or SiLU + FP8 quantization, and the matmul of its rows, in plain torch.
+
+The statement every backend is held to.
 
 Dimensions:
-    H: hidden size
+    H: hidden size, the contraction of the matmul
     I: intermediate size, features of gate and of up
+    N: output features
     ...: rows (tokens), any number of leading dimensions
 
 All arithmetic is fp32; R is the largest code value of the target (240 on trn2, 448 on trn3)::
@@ -14,6 +17,8 @@ All arithmetic is fp32; R is the largest code value of the target (240 on trn2, 
     code  = to_fp8_nearest_even(clip(y / scale, ±R))
 
     y     = gate * sigmoid(gate) * up                the activation before a down projection
+
+    out   = sum over H of value(code) * value(weight code) * scale * weight_scale + bias      the matmul
 
 The norm's formula is that of NKI Library's ``rmsnorm_quant_kernel`` (RMSNorm: Zhang & Sennrich 2019,
 arXiv:1910.07467; SiLU times up: SwiGLU, Shazeer 2020, arXiv:2002.05202). It says nothing about numbers that
@@ -30,6 +35,7 @@ import torch
 
 from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.target import Target, get
+from vllm_neuron_rmsq.weights import BLOCK, block_scale_shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPE_NAMES = "torch.bfloat16, torch.float16 or torch.float32"
@@ -136,6 +142,57 @@ def compute_silu_mul(
     return _quantize(y, torch.ones_like(y[..., :1], dtype=torch.bool), 0.0, static_scale, target)
 
 
+def packed_fp8_linear(
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    static_scale: torch.Tensor | float | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multiply packed rows, or codes of one given scale, by an FP8 weight.
+
+    Takes the arguments of :func:`vllm_neuron_rmsq.ops.packed_fp8_linear`, but no prepacked weight.
+
+    Args:
+        packed: ``[..., H + 4]`` uint8 packed rows, or ``[..., H]`` codes when ``static_scale`` is given.
+        weight: ``[N, H]`` float8_e4m3fn or uint8.
+        weight_scale: ``[N]``, ``[1]`` or, a scale for each block of 128 x 128,
+            ``[ceil(N / 128), ceil(H / 128)]``; fp32.
+        bias: ``[N]``, floating.
+        static_scale: one given scale of all rows, > 0, a float or an fp32 tensor of one element.
+        out_dtype: bf16, fp16 or fp32.
+        backend: ignored.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or range.
+    """
+    check_fp8_weight(weight, weight_scale)
+    out_features, in_features = weight.shape
+    check_packed_fp8_linear(
+        packed, weight, out_features, in_features, weight_scale, bias, static_scale, out_dtype
+    )
+    codes, scale = (packed, static_scale) if static_scale is not None else fmt.unpack(packed)
+    x = codes.view(torch.float8_e4m3fn).float()
+    w = weight.view(torch.float8_e4m3fn).float()
+    if weight_scale.dim() == 1:
+        out = x @ w.t() * scale * weight_scale
+    else:
+        out = x.new_zeros((*x.shape[:-1], out_features))
+        for block, start in enumerate(range(0, in_features, BLOCK)):
+            one = slice(start, start + BLOCK)
+            out += (
+                x[..., one] @ w[:, one].t() * weight_scale[:, block].repeat_interleave(BLOCK)[:out_features]
+            )
+        out = out * scale
+    return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
 def _quantize(
     y: torch.Tensor,
     valid: torch.Tensor,
@@ -209,6 +266,65 @@ def check_silu_mul_quant(gate_up: torch.Tensor, static_scale: torch.Tensor | flo
     if dtype not in DTYPES:
         raise ValueError(f"gate_up: expected dtype {_DTYPE_NAMES}, got {dtype}")
     _check_static_scale(static_scale, gate_up.device, "gate_up")
+
+
+def check_fp8_weight(weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+    """Raise ValueError, naming argument, expected and got, unless a weight and its scale fit the contract."""
+    if weight.dtype not in (torch.uint8, torch.float8_e4m3fn):
+        raise ValueError(f"weight: expected dtype torch.float8_e4m3fn or torch.uint8, got {weight.dtype}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape [N, H], got {list(weight.shape)}")
+    _check_weight_scale(weight_scale, weight.shape[0], weight.shape[1], weight.device, "weight")
+
+
+def check_packed_fp8_linear(
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    static_scale: torch.Tensor | float | None,
+    out_dtype: torch.dtype,
+) -> None:
+    """Raise ValueError, naming argument, expected and got, unless the arguments fit the contract.
+
+    Of the weight, which may be in any layout, only the device is looked at.
+    """
+    device = packed.device
+    if static_scale is None:
+        fmt.check(packed, in_features)
+    elif packed.dtype != torch.uint8 or packed.dim() < 1 or packed.shape[-1] != in_features:
+        raise ValueError(
+            f"packed: expected [..., {in_features}] codes of torch.uint8, static_scale being given, got "
+            f"{list(packed.shape)} of {packed.dtype}"
+        )
+    if weight.device != device:
+        raise ValueError(f"weight: expected device {device} (packed's), got {weight.device}")
+    _check_weight_scale(weight_scale, out_features, in_features, device, "packed")
+    if bias is not None:
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
+        if bias.dtype not in DTYPES:
+            raise ValueError(f"bias: expected dtype {_DTYPE_NAMES}, got {bias.dtype}")
+        if bias.device != device:
+            raise ValueError(f"bias: expected device {device} (packed's), got {bias.device}")
+    _check_static_scale(static_scale, device, "packed")
+    if out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype: expected {_DTYPE_NAMES}, got {out_dtype}")
+
+
+def _check_weight_scale(
+    weight_scale: torch.Tensor, out_features: int, in_features: int, device: torch.device, whose: str
+) -> None:
+    blocks = block_scale_shape(out_features, in_features)
+    if weight_scale.dtype != torch.float32 or weight_scale.shape not in ((out_features,), (1,), blocks):
+        raise ValueError(
+            f"weight_scale: expected shape [{out_features}], [1] or (blocks of {BLOCK} x {BLOCK}) "
+            f"{list(blocks)} of torch.float32, got {list(weight_scale.shape)} of {weight_scale.dtype}"
+        )
+    if weight_scale.device != device:
+        raise ValueError(f"weight_scale: expected device {device} ({whose}'s), got {weight_scale.device}")
 
 
 def _check_static_scale(static_scale: torch.Tensor | float | None, device: torch.device, whose: str) -> None:

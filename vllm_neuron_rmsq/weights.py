@@ -1,5 +1,7 @@
 """The weight's numbers: quantize a linear's weight to FP8, and bring FP8 weights within a target's range.
 
+A weight has a scale for each output channel, one for all, or one for each block of 128 x 128 of it.
+
 Dimensions:
     N: output features of a linear
     H: input features of a linear
@@ -14,6 +16,9 @@ import torch
 from vllm_neuron_rmsq.packed import NAN_CODE
 from vllm_neuron_rmsq.target import Target
 
+BLOCK = 128
+"""Rows and columns of a weight's block, where blocks have scales; the last ones may be smaller."""
+
 ROWS_AT_A_TIME = 1024
 """Weight rows converted at once while halving: bounds the bf16 copy."""
 
@@ -23,7 +28,7 @@ class Fitted(NamedTuple):
 
     Attributes:
         codes: ``[N, H]`` uint8.
-        scale: ``[N]`` or ``[1]`` fp32.
+        scale: fp32, of the shape it had.
         halved: whether the codes were halved and the scales doubled to get there.
     """
 
@@ -32,8 +37,21 @@ class Fitted(NamedTuple):
     halved: bool
 
 
-def quantize(weight: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a linear's weight to FP8, symmetrically, one scale an output channel.
+def block_scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
+    """Return the shape of a weight ``[N, H]``'s block scales: ``(ceil(N / 128), ceil(H / 128))``."""
+    return -(-out_features // BLOCK), -(-in_features // BLOCK)
+
+
+def expand_block_scale(scale: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
+    """Return the scale of each element, ``[N, H]``, from block scales ``[ceil(N / 128), ceil(H / 128)]``."""
+    by_row = scale.repeat_interleave(BLOCK, dim=0)[:out_features]
+    return by_row.repeat_interleave(BLOCK, dim=1)[:, :in_features]
+
+
+def quantize(
+    weight: torch.Tensor, target: Target, *, blocks: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a linear's weight to FP8, symmetrically, one scale an output channel or a block of 128 x 128.
 
     ``scale = max|w| / R`` and ``code = to_fp8_nearest_even(w / scale)``, in fp32; a channel of zeros has
     zero codes.
@@ -41,14 +59,25 @@ def quantize(weight: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.
     Args:
         weight: ``[N, H]``, floating and finite.
         target: whose R.
+        blocks: a scale a block instead of a channel.
 
     Returns:
-        ``[N, H]`` float8_e4m3fn and ``[N, 1]`` fp32.
+        ``[N, H]`` float8_e4m3fn and ``[N, 1]`` fp32, for blocks ``[ceil(N / 128), ceil(H / 128)]``.
     """
     limit = target.fp8_max
     values = weight.float()
-    scale = (values.abs().amax(dim=1, keepdim=True) / limit).clamp(min=torch.finfo(torch.float32).tiny)
-    return (values / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+    least = torch.finfo(torch.float32).tiny
+    if not blocks:
+        scale = (values.abs().amax(dim=1, keepdim=True) / limit).clamp(min=least)
+        return (values / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+    down, across = block_scale_shape(*weight.shape)
+    padding = (0, across * BLOCK - weight.shape[1], 0, down * BLOCK - weight.shape[0])
+    peaks = (
+        torch.nn.functional.pad(values.abs(), padding).reshape(down, BLOCK, across, BLOCK).amax(dim=(1, 3))
+    )
+    scale = (peaks / limit).clamp(min=least)
+    values = values / expand_block_scale(scale, *weight.shape)
+    return values.clamp(-limit, limit).to(torch.float8_e4m3fn), scale
 
 
 def fit(codes: torch.Tensor, scale: torch.Tensor, target: Target) -> Fitted:
@@ -56,11 +85,12 @@ def fit(codes: torch.Tensor, scale: torch.Tensor, target: Target) -> Fitted:
 
     Args:
         codes: ``[N, H]`` uint8, codes of ``float8_e4m3fn``.
-        scale: ``[N]`` or ``[1]`` fp32.
+        scale: ``[N]``, ``[1]`` or ``[ceil(N / 128), ceil(H / 128)]`` fp32.
         target: whose range.
 
     Raises:
-        ValueError: the codes or scales hold NaN or Inf.
+        ValueError: the codes or scales hold NaN or Inf, a scale is negative, or it is zero where codes are
+            not.
     """
     largest = int((codes & 0x7F).amax())
     if largest == NAN_CODE or not scale.isfinite().all():
@@ -68,9 +98,28 @@ def fit(codes: torch.Tensor, scale: torch.Tensor, target: Target) -> Fitted:
             "weight: holds NaN or Inf in its codes or scales; the checkpoint is corrupt or was quantized "
             "from a corrupt one"
         )
+    if not (scale > 0).all():
+        _check_no_weight_is_lost(codes, scale)
     if largest <= target.max_code:
         return Fitted(codes, scale, False)
     return Fitted(*halve(codes, scale), True)
+
+
+def _check_no_weight_is_lost(codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raise ValueError for scales below zero, and for scales of zero but where all codes are zero too."""
+    least = scale.min().item()
+    if least < 0:
+        raise ValueError(f"weight_scale: expected positive numbers, got {least:g}; the checkpoint is corrupt")
+    if scale.dim() == 2:
+        lost = expand_block_scale(scale, *codes.shape) == 0
+    else:
+        lost = (scale == 0).unsqueeze(1).expand_as(codes)
+    wiped = int((lost & (codes & 0x7F != 0)).sum())
+    if wiped:
+        raise ValueError(
+            f"weight_scale: expected positive numbers, got 0 for {wiped} weights that are not zero; the "
+            "checkpoint is corrupt"
+        )
 
 
 def halve(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +130,7 @@ def halve(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch
 
     Args:
         codes: ``[N, H]`` uint8, e4m3fn codes without NaN.
-        scale: ``[N]`` or ``[1]`` fp32.
+        scale: fp32, of any shape.
 
     Returns:
         new ``codes`` and ``scale`` of the same shapes.

@@ -43,15 +43,27 @@ void sum_block(const PackedFp8Linear& linear, int64_t block, const Unit* units, 
     const int64_t pairs = linear.pairs, stride = unit_stride(linear.H);
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const uint8_t* codes = linear.weight + block * pairs * kPairCodes;
+    const bool scaled = linear.scale_columns > 0;
+    const float* scale = linear.weight_scale + block * kBlockOutputs / kScaledFeatures * linear.scale_columns;
+    const int64_t step = scaled ? kScaledFeatures / 2 : kChunkPairs;
     memset(sums, 0, rows * kBlockOutputs * sizeof *sums);
-    for (int64_t p = 0; p < pairs; p += kChunkPairs) {
-        const int64_t chunk = smaller(kChunkPairs, pairs - p);
+    for (int64_t p = 0; p < pairs; p += step) {
+        const int64_t chunk = smaller(step, pairs - p);
         const Staged* staged = stage(codes + p * kPairCodes, chunk, buffer);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t start = rows * t / tiles, end = rows * (t + 1) / tiles;
             const Unit* first_unit = units + start * stride + p * kUnitsPerPair;
-            tile_of<kTileRows>(end - start, staged, chunk, first_unit, stride, sums + start * kBlockOutputs);
+            float* of_tile = sums + start * kBlockOutputs;
+            if (!scaled) {
+                tile_of<kTileRows>(end - start, staged, chunk, first_unit, stride, of_tile);
+                continue;
+            }
+            alignas(64) float part[kTileRows * kBlockOutputs];
+            memset(part, 0, (end - start) * kBlockOutputs * sizeof *part);
+            tile_of<kTileRows>(end - start, staged, chunk, first_unit, stride, part);
+            for (int64_t i = 0; i < (end - start) * kBlockOutputs; ++i) of_tile[i] += part[i] * *scale;
         }
+        ++scale;
     }
 }
 
@@ -59,8 +71,10 @@ void sum_block(const PackedFp8Linear& linear, int64_t block, const Unit* units, 
 void finish_row(
     const PackedFp8Linear& linear, const float* sums, int64_t row, const float* scales, const float* bias,
     int64_t output, int64_t count) {
-    float row_scale;
-    memcpy(&row_scale, linear.packed + row * linear.packed_stride + linear.H, sizeof row_scale);
+    float row_scale = linear.static_scale;
+    if (row_scale == 0) {
+        memcpy(&row_scale, linear.packed + row * linear.packed_stride + linear.H, sizeof row_scale);
+    }
     float values[kBlockOutputs];
     for (int n = 0; n < kBlockOutputs; ++n) values[n] = sums[n] * row_scale * scales[n];
     if (linear.bias != nullptr) {
@@ -85,8 +99,8 @@ void finish_block(
     const PackedFp8Linear& linear, int64_t block, const float* sums, int64_t row, int64_t rows) {
     const int64_t output = block * kBlockOutputs, count = smaller(kBlockOutputs, linear.N - output);
     float scales[kBlockOutputs] = {}, bias[kBlockOutputs] = {};
-    if (linear.one_scale) {
-        for (int64_t n = 0; n < count; ++n) scales[n] = *linear.weight_scale;
+    if (linear.one_scale || linear.scale_columns > 0) {
+        for (int64_t n = 0; n < count; ++n) scales[n] = linear.one_scale ? *linear.weight_scale : 1;
     } else {
         memcpy(scales, linear.weight_scale + output, count * sizeof *scales);
     }

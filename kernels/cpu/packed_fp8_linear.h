@@ -19,6 +19,7 @@ namespace rmsq {
 
 constexpr int64_t kBlockOutputs = 32;
 constexpr int64_t kPairCodes = 2 * kBlockOutputs;  // of a pair, in a block
+constexpr int64_t kScaledFeatures = 128;           // side of a weight's block with a scale of its own
 
 // How far ahead of its use the weight is asked for, into the second-level cache: far enough for memory, near
 // enough to be there still. (The processor itself fetches from there to the first level.)
@@ -28,16 +29,18 @@ constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kGroupRows = 60;
 
 struct PackedFp8Linear {
-    const uint8_t* packed;  // [T, H + 4]: codes, then the row's scale, at any alignment
+    const uint8_t* packed;  // [T, H + 4]: codes, then the row's scale, at any alignment; or [T, H] codes
     int64_t packed_stride;  // bytes
+    float static_scale;     // of every row, or 0 where each has its own
     int64_t T, H, N;
     int64_t blocks;             // ceil(N / kBlockOutputs)
     int64_t pairs;              // ceil(H / 2)
     int64_t groups;             // ceil(T / kGroupRows)
     const uint8_t* weight;      // prepacked
-    const float* weight_scale;  // [N], or [1] when one_scale
+    const float* weight_scale;  // [N], [1], or [ceil(N / 128), scale_columns]
     bool one_scale;
-    const void* bias;  // [N] of bias_dtype, or null
+    int64_t scale_columns;  // ceil(H / 128) where blocks have scales, else 0
+    const void* bias;       // [N] of bias_dtype, or null
     Dtype bias_dtype;
     void* out;  // [T, N] of out_dtype, contiguous
     Dtype out_dtype;
@@ -57,6 +60,7 @@ RMSQ_DECLARE_KERNEL(void expand_activations(const PackedFp8Linear& linear, int64
 //     out[t, n] = round(Σ_h value(packed[t, h]) * value(weight[n, h]) * scale[t] * weight_scale[n] + bias[n])
 //
 // The sum is one fp32 accumulator that takes the pairs in ascending order and the second of a pair first, as
-// vdpbf16ps does; products of two FP8 values are exact in fp32. So a row gives the same bits in any batch, on
-// any thread and at every level.
+// vdpbf16ps does; products of two FP8 values are exact in fp32. Where blocks have scales there is such a sum
+// for each 128 of H, and another accumulator takes their products with the scales, each rounded, in ascending
+// order. So a row gives the same bits in any batch, on any thread and at every level.
 RMSQ_DECLARE_KERNEL(void multiply_items(const PackedFp8Linear& linear, int64_t first, int64_t last))

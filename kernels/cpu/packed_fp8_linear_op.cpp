@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 
-#include "torch_op.h"
+#include "quantize_op.h"
 
 namespace {
 
@@ -30,7 +30,8 @@ constexpr int64_t kScratchBytes = 8 << 20;
 constexpr int64_t kThreadProducts = 1 << 18;
 constexpr int64_t kThreadCodes = 1 << 20;
 
-Tensor prepack_fp8_weight(const Tensor& weight) {
+// One layout for all kinds of scale.
+Tensor prepack_fp8_weight(const Tensor& weight, bool /*blocks*/) {
     if (scalar_type(weight) != ScalarType::Byte) raise_value_error("weight: expected dtype torch.uint8");
     if (weight.dim() != 2 || weight.size(0) == 0 || weight.size(1) == 0) {
         raise_value_error("weight: expected shape [N, H], got ", shape_text(weight));
@@ -57,15 +58,18 @@ Tensor prepack_fp8_weight(const Tensor& weight) {
 // Check the arguments; returns the sizes and dtypes that follow from them.
 PackedFp8Linear check(
     const Tensor& packed, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
-    int64_t N, ScalarType out_dtype) {
+    const OptionalTensor& static_scale, int64_t N, ScalarType out_dtype) {
     if (scalar_type(packed) != ScalarType::Byte) raise_value_error("packed: expected dtype torch.uint8");
-    const int64_t rank = packed.dim();
-    if (rank < 1 || packed.size(rank - 1) <= rmsq::kScaleBytes) {
-        raise_value_error("packed: expected shape [..., H + 4] with H >= 1, got ", shape_text(packed));
+    const int64_t rank = packed.dim(), tail = static_scale ? 0 : rmsq::kScaleBytes;
+    if (rank < 1 || packed.size(rank - 1) <= tail) {
+        raise_value_error(
+            "packed: expected shape [..., H", static_scale ? "" : " + 4", "] with H >= 1, got ",
+            shape_text(packed));
     }
     if (N < 1) raise_value_error("out_features: expected at least 1, got ", N);
     PackedFp8Linear linear = {};
-    linear.H = packed.size(rank - 1) - rmsq::kScaleBytes;
+    linear.static_scale = rmsq::check_static_scale(static_scale);
+    linear.H = packed.size(rank - 1) - tail;
     linear.N = N;
     linear.blocks = ceil_div(N, kBlockOutputs);
     linear.pairs = ceil_div(linear.H, 2);
@@ -76,13 +80,18 @@ PackedFp8Linear check(
             "], contiguous uint8 [", linear.blocks, ", ", linear.pairs, ", ", kPairCodes, "], got shape ",
             shape_text(weight));
     }
-    if (scalar_type(weight_scale) != ScalarType::Float || weight_scale.dim() != 1 ||
-        (weight_scale.size(0) != N && weight_scale.size(0) != 1)) {
+    const int64_t scale_rows = ceil_div(N, rmsq::kScaledFeatures);
+    const int64_t scale_columns = ceil_div(linear.H, rmsq::kScaledFeatures);
+    const int64_t scale_rank = weight_scale.dim(), scales = scale_rank > 0 ? weight_scale.size(0) : 0;
+    const bool of_outputs = scale_rank == 1 && (scales == N || scales == 1);
+    const bool of_blocks = scale_rank == 2 && scales == scale_rows && weight_scale.size(1) == scale_columns;
+    if (scalar_type(weight_scale) != ScalarType::Float || !(of_outputs || of_blocks)) {
         raise_value_error(
-            "weight_scale: expected shape [", N, "] or [1] of torch.float32, got shape ",
-            shape_text(weight_scale));
+            "weight_scale: expected shape [", N, "], [1] or (blocks of 128 x 128) [", scale_rows, ", ",
+            scale_columns, "] of torch.float32, got shape ", shape_text(weight_scale));
     }
-    linear.one_scale = weight_scale.size(0) == 1;
+    linear.one_scale = of_outputs && scales == 1;
+    linear.scale_columns = of_blocks ? scale_columns : 0;
     const auto rounded_to = rmsq::to_dtype(out_dtype);
     if (!rounded_to) raise_value_error("out_dtype: expected torch.bfloat16, torch.float16 or torch.float32");
     linear.out_dtype = *rounded_to;
@@ -124,9 +133,9 @@ void multiply(const PackedFp8Linear& linear) {
 }
 
 Tensor packed_fp8_linear(
-    const Tensor& packed, const Tensor& weight, const Tensor& weight_scale, OptionalTensor bias, int64_t N,
-    ScalarType out_dtype) {
-    PackedFp8Linear linear = check(packed, weight, weight_scale, bias, N, out_dtype);
+    const Tensor& packed, const Tensor& weight, const Tensor& weight_scale, OptionalTensor bias,
+    OptionalTensor static_scale, int64_t N, ScalarType out_dtype) {
+    PackedFp8Linear linear = check(packed, weight, weight_scale, bias, static_scale, N, out_dtype);
     std::vector<int64_t> sizes(packed.sizes().begin(), packed.sizes().end());
     const int64_t T = packed.numel() / sizes.back();
     sizes.back() = N;

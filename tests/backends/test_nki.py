@@ -433,4 +433,4 @@ def test_ops_of_both_backends_in_a_graph():
 
     assert layer(hidden).shape == (3, 8)
     for name in ("nki", "nki-sim"):
-        assert backends.get(name).prepacked_shape(8, 64) == tuple(prepacked.data.shape)
+        assert backends.get(name).prepacked_shape(8, 64, False) == tuple(prepacked.data.shape)

@@ -105,7 +105,7 @@ class Doubling(TorchFunctions):
         out, residual_out = super().rms_norm_quant(*arguments)
         return out ^ 1, residual_out
 
-    def prepack_fp8_weight(self, weight):
+    def prepack_fp8_weight(self, weight, blocks):
         return weight.t().contiguous()
 
     def packed_fp8_linear(self, packed, weight, *rest):
@@ -116,7 +116,7 @@ def test_a_backend_is_one_record(monkeypatch):
     """Settings, overloads and fakes follow from the registry, also for a backend that comes late."""
     monkeypatch.setattr(backends, "_registry", dict(backends._registry))
     toy = backends.Backend(
-        "toy-2", unavailable=lambda: None, functions=Doubling(), prepacked_shape=lambda n, h: (h, n)
+        "toy-2", unavailable=lambda: None, functions=Doubling(), prepacked_shape=lambda n, h, blocks: (h, n)
     )
     backends.register(toy)
     assert Settings.load({"VLLM_RMSQ_BACKEND": "toy-2"}).backend == "toy-2"

@@ -51,8 +51,11 @@ class Functions(Protocol):
     def silu_mul_quant(self, gate_up: Tensor, static_scale: Tensor | None, target: Target) -> Tensor:
         """``[..., 2 I]`` (gate, then up) to ``[..., I + 4]`` packed rows, or ``[..., I]`` codes."""
 
-    def prepack_fp8_weight(self, weight: Tensor) -> Tensor:
-        """``[N, H]`` uint8 in the backend's layout, of its ``prepacked_shape``; where it has one."""
+    def prepack_fp8_weight(self, weight: Tensor, blocks: bool) -> Tensor:
+        """``[N, H]`` uint8 in the backend's layout, of its ``prepacked_shape``; where it has one.
+
+        ``blocks``: the weight has block scales.
+        """
 
     def packed_fp8_linear(
         self,
@@ -60,16 +63,18 @@ class Functions(Protocol):
         weight: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
+        static_scale: Tensor | None,
         out_features: int,
         out_dtype: dtype,
     ) -> Tensor:
         """Multiply.
 
         Args:
-            packed: ``[..., H + 4]`` uint8.
+            packed: ``[..., H + 4]`` uint8, or ``[..., H]`` codes with a static scale.
             weight: ``[N, H]`` uint8, or what ``prepack_fp8_weight`` made of it.
-            weight_scale: ``[N]`` or ``[1]`` fp32.
-            bias: ``[N]``, floating, or ``None``.
+            weight_scale: ``[N]``, ``[1]`` or, block scales, ``[ceil(N / 128), ceil(H / 128)]`` fp32.
+            bias: ``[N]`` bf16, fp16 or fp32, or ``None``.
+            static_scale: one fp32 element, or ``None`` where each row has its own.
             out_features: N.
 
         Returns:
@@ -88,8 +93,9 @@ class Backend:
         functions: what it computes; ``None`` where the implementations are registered from C++.
         devices: device types (``torch.device.type``) whose tensors ``auto`` gives it.
         serves: device types where ``auto`` puts it in place of vLLM's layers, being faster than those.
-        prepacked_shape: shape ``(n, h) -> (...)`` of the weight in a layout of its own; ``None`` where its
-            matmul reads the checkpoint's ``[N, H]`` as it is.
+        prepacked_shape: shape ``(n, h, blocks) -> (...)`` of the weight in a layout of its own, ``blocks``
+            saying whether it has block scales; ``None`` where its matmul reads the checkpoint's ``[N, H]`` as
+            it is.
         details: where it can run, what ``check`` says of how.
         traced: whether a compiled graph must hold the calls its functions make, not the op's overload: a
             compiler that knows those calls does not know our ops.
@@ -100,6 +106,6 @@ class Backend:
     functions: Functions | None
     devices: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
-    prepacked_shape: Callable[[int, int], tuple[int, ...]] | None = None
+    prepacked_shape: Callable[[int, int, bool], tuple[int, ...]] | None = None
     details: Callable[[], str] = lambda: ""
     traced: Callable[[], bool] = lambda: False

@@ -72,7 +72,7 @@ def set_isa(name: str) -> None:
         )
 
 
-def prepacked_shape(n: int, h: int) -> tuple[int, int, int]:
+def prepacked_shape(n: int, h: int, blocks: bool) -> tuple[int, int, int]:
     """``[blocks of 32 outputs, pairs along H, 64]``, the layout in ``kernels/cpu/packed_fp8_linear.h``."""
     return -(-n // 32), -(-h // 2), 64
 

@@ -225,7 +225,7 @@ class Kernels:
             rows = torch.cat([rows, rows.new_zeros((missing, rows.shape[1]))])
         return rows.contiguous()
 
-    def prepack_fp8_weight(self, weight: Tensor) -> Tensor:
+    def prepack_fp8_weight(self, weight: Tensor, blocks: bool) -> Tensor:
         """Lay a weight out for the matmul kernel.
 
         Raises:
@@ -246,12 +246,17 @@ class Kernels:
         weight: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
+        static_scale: Tensor | None,
         out_features: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
         """See :class:`~vllm_neuron_rmsq.backends.base.Functions`."""
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 
+        if weight_scale.dim() == 2:
+            raise ValueError("weight_scale: the NKI kernel takes no block scales")
+        if static_scale is not None:
+            packed = fmt.pack(packed, static_scale.reshape(1).expand(packed.shape[:-1]))
         arguments: dict[str, Any] = {
             "weight": weight,
             "weight_scale": weight_scale,
@@ -280,7 +285,7 @@ def _parts(rows: int, limit: int) -> list[tuple[int, int]]:
     return [(start, min(start + limit, rows)) for start in range(0, rows, limit)]
 
 
-def prepacked_shape(out_features: int, in_features: int) -> tuple[int, int]:
+def prepacked_shape(out_features: int, in_features: int, blocks: bool) -> tuple[int, int]:
     """Return the shape of a prepacked weight."""
     from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 

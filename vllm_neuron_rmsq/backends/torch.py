@@ -9,6 +9,7 @@ from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq import reference
 from vllm_neuron_rmsq.backends.base import Backend
 from vllm_neuron_rmsq.target import Target
+from vllm_neuron_rmsq.weights import BLOCK
 
 BLOCK_ELEMENTS = 1 << 21
 """Weight elements converted to fp32 at a time: the copy stays in cache and never grows with the layer."""
@@ -35,7 +36,7 @@ class TorchFunctions:
         """See :class:`~vllm_neuron_rmsq.backends.base.Functions`."""
         return reference.compute_silu_mul(gate_up, static_scale, target)
 
-    def prepack_fp8_weight(self, weight: Tensor) -> Tensor:
+    def prepack_fp8_weight(self, weight: Tensor, blocks: bool) -> Tensor:
         """The matmul reads the checkpoint's layout."""
         return weight
 
@@ -45,18 +46,30 @@ class TorchFunctions:
         weight: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
+        static_scale: Tensor | None,
         out_features: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
         """FP8 values and their products are exact in fp32, so only the sums and the scales round."""
-        codes, row_scale = fmt.unpack(packed)
+        codes, scale = fmt.unpack(packed) if static_scale is None else (packed, static_scale)
         lead = codes.shape[:-1]
         x = codes.view(torch.float8_e4m3fn).reshape(-1, codes.shape[-1]).float()
         out = torch.empty((x.shape[0], out_features), dtype=torch.float32, device=packed.device)
-        step = max(1, BLOCK_ELEMENTS // x.shape[1])
+        step = max(1, BLOCK_ELEMENTS // x.shape[1] // BLOCK) * BLOCK
         for start in range(0, out_features, step):
-            torch.mm(x, _decode(weight[start : start + step]).t(), out=out[:, start : start + step])
-        out = out * row_scale.reshape(-1, 1) * weight_scale
+            columns, decoded = out[:, start : start + step], _decode(weight[start : start + step])
+            if weight_scale.dim() == 1:
+                torch.mm(x, decoded.t(), out=columns)
+            else:
+                of_block = weight_scale[start // BLOCK :].repeat_interleave(BLOCK, dim=0)[: len(decoded)]
+                columns.zero_()
+                for x_part, part, factor in zip(
+                    x.split(BLOCK, dim=1), decoded.split(BLOCK, dim=1), of_block.unbind(1), strict=True
+                ):
+                    columns.addcmul_(x_part @ part.t(), factor)
+        out = out * scale.reshape(-1, 1)
+        if weight_scale.dim() == 1:
+            out = out * weight_scale
         if bias is not None:
             out = out + bias.float()
         return out.to(out_dtype).reshape(*lead, out_features)

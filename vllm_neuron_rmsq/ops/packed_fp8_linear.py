@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_neuron_rmsq import backends
-from vllm_neuron_rmsq import packed as fmt
+from vllm_neuron_rmsq import backends, reference
 from vllm_neuron_rmsq.backends import Backend, Functions
 from vllm_neuron_rmsq.ops import dispatch
 
@@ -27,12 +26,14 @@ class PrepackedWeight(NamedTuple):
         out_features: N.
         in_features: H.
         backend: whose layout it is.
+        blocks: whether it is laid out for block scales.
     """
 
     data: Tensor
     out_features: int
     in_features: int
     backend: str
+    blocks: bool = False
 
 
 def prepack_fp8_weight(weight: Tensor, weight_scale: Tensor, backend: str | None = None) -> PrepackedWeight:
@@ -40,24 +41,21 @@ def prepack_fp8_weight(weight: Tensor, weight_scale: Tensor, backend: str | None
 
     Args:
         weight: ``[N, H]`` float8_e4m3fn or uint8.
-        weight_scale: ``[N]`` or ``[1]`` fp32, checked against the weight.
+        weight_scale: ``[N]``, ``[1]`` or ``[ceil(N / 128), ceil(H / 128)]`` fp32. Checked against the weight;
+            some backends lay a weight with block scales out in another way. The numbers do not matter.
         backend: a backend's name; ``None`` is the setting in force.
 
     Raises:
-        ValueError: an argument has the wrong dtype or shape.
+        ValueError: an argument has the wrong dtype, shape or device.
         BackendUnavailableError: the backend cannot run here.
     """
-    if weight.dtype not in (torch.uint8, torch.float8_e4m3fn):
-        raise ValueError(f"weight: expected dtype torch.float8_e4m3fn or torch.uint8, got {weight.dtype}")
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight: expected shape [N, H], got {list(weight.shape)}")
+    reference.check_fp8_weight(weight, weight_scale)
     out_features, in_features = weight.shape
-    _check_scale(weight_scale, out_features)
     name = dispatch.backend(backend, weight.device.type)
-    data = weight.view(torch.uint8)
+    data, blocks = weight.view(torch.uint8), weight_scale.dim() == 2
     if backends.get(name).prepacked_shape is not None:
-        data = _PREPACK.overloads[name](data)
-    return PrepackedWeight(data, out_features, in_features, name)
+        data = _PREPACK.overloads[name](data, blocks)
+    return PrepackedWeight(data, out_features, in_features, name, blocks)
 
 
 def packed_fp8_linear(
@@ -66,20 +64,25 @@ def packed_fp8_linear(
     weight_scale: Tensor,
     *,
     bias: Tensor | None = None,
+    static_scale: Tensor | float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     backend: str | None = None,
 ) -> Tensor:
     """Multiply packed rows by an FP8 weight, reading codes and row scales straight from the rows.
 
     ``out[..., n] = Σ_h value(code[..., h]) * value(weight[n, h]) * scale[...] * weight_scale[n] + bias[n]``,
-    accumulated in fp32. On backend ``cpu`` a row's result depends neither on the batch it sits in nor on the
-    number of threads: every sum takes H in one order. On the others its last bit may.
+    accumulated in fp32; with block scales the sum over each 128 of H is multiplied by its
+    ``weight_scale[n // 128, h // 128]`` before they are added up. On backend ``cpu`` a row's result depends
+    neither on the batch it sits in nor on the number of threads: every sum takes H in one order. On the
+    others its last bit may.
 
     Args:
-        packed: ``[..., H + 4]`` uint8.
+        packed: ``[..., H + 4]`` uint8 packed rows; ``[..., H]`` uint8 codes when ``static_scale`` is given.
         weight: ``[N, H]`` float8_e4m3fn or uint8, or what :func:`prepack_fp8_weight` made of it.
-        weight_scale: ``[N]`` or ``[1]`` fp32.
-        bias: ``[N]``, floating.
+        weight_scale: ``[N]``, ``[1]`` or, a scale for each block of 128 x 128 of the weight,
+            ``[ceil(N / 128), ceil(H / 128)]``; fp32.
+        bias: ``[N]``, bf16, fp16 or fp32.
+        static_scale: the scale of every row, > 0, a float or an fp32 tensor of one element (quicker).
         out_dtype: bf16, fp16 or fp32.
         backend: a backend's name; ``None`` is the prepacked weight's, else the setting in force.
 
@@ -87,46 +90,35 @@ def packed_fp8_linear(
         ``[..., N]`` of ``out_dtype``.
 
     Raises:
-        ValueError: an argument has the wrong dtype, shape or device, or the weight was prepacked for
-            another backend.
+        ValueError: an argument has the wrong dtype, shape, device or range, or the weight was prepacked for
+            another backend or another kind of scale.
         BackendUnavailableError: the backend cannot run here.
     """
     if not isinstance(weight, PrepackedWeight):
         weight = prepack_fp8_weight(weight, weight_scale, backend)
     elif backend is not None and backend != weight.backend:
         raise ValueError(f"weight: prepacked for backend {weight.backend!r}, got backend {backend!r}")
-    fmt.check(packed, weight.in_features)
-    _check_scale(weight_scale, weight.out_features)
-    if bias is not None and bias.shape != (weight.out_features,):
-        raise ValueError(f"bias: expected shape [{weight.out_features}], got {list(bias.shape)}")
-    if out_dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(
-            f"out_dtype: expected torch.bfloat16, torch.float16 or torch.float32, got {out_dtype}"
-        )
-    for name, tensor in (("weight", weight.data), ("weight_scale", weight_scale), ("bias", bias)):
-        if tensor is not None and tensor.device != packed.device:
-            raise ValueError(f"{name}: expected device {packed.device} (packed's), got {tensor.device}")
-    arguments = (packed, weight.data, weight_scale, bias, weight.out_features, out_dtype)
-    if torch.compiler.is_compiling() and dispatch.traced(weight.backend):
-        return _linear(dispatch.functions(weight.backend), *arguments)
-    return _LINEAR.overloads[weight.backend](*arguments)
+    data, out_features, in_features, name, blocks = weight
+    reference.check_packed_fp8_linear(
+        packed, data, out_features, in_features, weight_scale, bias, static_scale, out_dtype
+    )
+    if blocks is not (weight_scale.dim() == 2):
+        kind = "block scales" if blocks else "scales [N] or [1]"
+        raise ValueError(f"weight: prepacked for {kind}, got weight_scale {list(weight_scale.shape)}")
+    scale = None if static_scale is None else dispatch.scale_tensor(static_scale, packed)
+    arguments = (packed, data, weight_scale, bias, scale, out_features, out_dtype)
+    if torch.compiler.is_compiling() and dispatch.traced(name):
+        return _linear(dispatch.functions(name), *arguments)
+    return _LINEAR.overloads[name](*arguments)
 
 
-def _check_scale(weight_scale: Tensor, out_features: int) -> None:
-    if weight_scale.dtype != torch.float32 or weight_scale.shape not in ((out_features,), (1,)):
-        raise ValueError(
-            f"weight_scale: expected shape [{out_features}] or [1] of torch.float32, got "
-            f"{list(weight_scale.shape)} of {weight_scale.dtype}"
-        )
+def _prepack(functions: Functions, weight: Tensor, blocks: bool) -> Tensor:
+    return functions.prepack_fp8_weight(weight, blocks)
 
 
-def _prepack(functions: Functions, weight: Tensor) -> Tensor:
-    return functions.prepack_fp8_weight(weight)
-
-
-def _prepack_fake(backend: Backend, weight: Tensor) -> Tensor:
+def _prepack_fake(backend: Backend, weight: Tensor, blocks: bool) -> Tensor:
     assert backend.prepacked_shape is not None
-    return weight.new_empty(backend.prepacked_shape(weight.shape[0], weight.shape[1]))
+    return weight.new_empty(backend.prepacked_shape(weight.shape[0], weight.shape[1], blocks))
 
 
 def _linear(
@@ -135,10 +127,13 @@ def _linear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    static_scale: Tensor | None,
     out_features: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return functions.packed_fp8_linear(packed, weight, weight_scale, bias, out_features, out_dtype)
+    return functions.packed_fp8_linear(
+        packed, weight, weight_scale, bias, static_scale, out_features, out_dtype
+    )
 
 
 def _linear_fake(
@@ -147,6 +142,7 @@ def _linear_fake(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    static_scale: Tensor | None,
     out_features: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -155,15 +151,15 @@ def _linear_fake(
 
 _PREPACK = dispatch.Op(
     "prepack_fp8_weight",
-    "(Tensor weight) -> Tensor",
+    "(Tensor weight, bool blocks) -> Tensor",
     _prepack,
     _prepack_fake,
     has=lambda backend: backend.prepacked_shape is not None,
 )
 _LINEAR = dispatch.Op(
     "packed_fp8_linear",
-    "(Tensor packed, Tensor weight, Tensor weight_scale, Tensor? bias, int out_features, "
-    "ScalarType out_dtype) -> Tensor",
+    "(Tensor packed, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? static_scale, "
+    "int out_features, ScalarType out_dtype) -> Tensor",
     _linear,
     _linear_fake,
 )

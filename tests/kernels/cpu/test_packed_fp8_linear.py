@@ -8,6 +8,7 @@ Dimensions:
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,6 @@ from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.backends import cpu
 
 OP = torch.ops.neuron_rmsq.packed_fp8_linear.cpu
-PREPACK = torch.ops.neuron_rmsq.prepack_fp8_weight.cpu
 ONE = 0x38
 """The code of 1.0."""
 
@@ -35,24 +35,32 @@ def scales(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.empty(shape).uniform_(0.25, 1.25, generator=torch.Generator().manual_seed(seed))
 
 
+def block_scales(n: int, h: int, seed: int = 0) -> torch.Tensor:
+    return scales(-(-n // 128), -(-h // 128), seed=seed) ** 4
+
+
 def case(t: int, n: int, h: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Packed rows ``[T, H + 4]``, weight ``[N, H]``, weight scale ``[N]``."""
     packed = fmt.pack(codes(t, h, seed=seed), scales(t, 1, seed=seed))
     return packed, codes(n, h, seed=seed + 1), scales(n, seed=seed + 1)
 
 
-def multiply(packed, weight, weight_scale, bias=None, out_dtype=torch.float32) -> torch.Tensor:
-    return OP(packed, PREPACK(weight), weight_scale, bias, weight.shape[0], out_dtype)
+def prepack(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.neuron_rmsq.prepack_fp8_weight.cpu(weight, False)
+
+
+def multiply(
+    packed, weight, weight_scale, bias=None, out_dtype=torch.float32, static_scale=None
+) -> torch.Tensor:
+    return OP(packed, prepack(weight), weight_scale, bias, static_scale, weight.shape[0], out_dtype)
 
 
 def check_against_float64(out, packed, weight, weight_scale, bias=None) -> None:
-    """``out`` is fp32. Each of H products and 4 further steps may round: by half an ulp of the sum so far."""
-    x = fmt.unpack(packed)[0].view(torch.float8_e4m3fn).double()
-    w = weight.view(torch.float8_e4m3fn).double()
-    scale = fmt.unpack(packed)[1].double() * weight_scale.double()
-    shift = torch.zeros(()) if bias is None else bias.double()
-    wanted = x @ w.t() * scale + shift
-    bound = (x.abs() @ w.abs().t() * scale + shift.abs()) * (x.shape[-1] + 4) * 2**-24
+    """``out`` is fp32. Each of H products and 4 further steps (and one a block) may round: by half an ulp of
+    the sum so far."""
+    codes, row_scale = fmt.unpack(packed)
+    wanted, magnitude = oracle.packed_fp8_linear(codes, row_scale, weight, weight_scale, bias)
+    bound = magnitude * (codes.shape[-1] + 4 + codes.shape[-1] // 64) * 2**-24
     assert out.shape == wanted.shape
     assert ((out.double() - wanted).abs() <= bound).all()
 
@@ -74,6 +82,20 @@ def check_against_float64(out, packed, weight, weight_scale, bias=None) -> None:
 def test_float64(t: int, n: int, h: int) -> None:
     packed, weight, weight_scale = case(t, n, h)
     check_against_float64(multiply(packed, weight, weight_scale), packed, weight, weight_scale)
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "h"),
+    [(1, 1, 1), (1, 160, 256), (2, 129, 127), (13, 300, 129), (61, 40, 640), (3, 128, 8211)],
+)
+def test_block_scales(t: int, n: int, h: int) -> None:
+    packed, weight, _ = case(t, n, h)
+    weight_scale = block_scales(n, h)
+    out = multiply(packed, weight, weight_scale)
+    check_against_float64(out, packed, weight, weight_scale)
+    if h <= 128:  # one block along H: the same sum, times its scale
+        by_output = weight_scale[:, 0].repeat_interleave(128)[:n]
+        torch.testing.assert_close(out, multiply(packed, weight, by_output), rtol=2**-22, atol=0)
 
 
 def test_more_rows_than_fit_the_scratch() -> None:
@@ -108,17 +130,24 @@ def packed_views(draw) -> torch.Tensor:
     n=st.integers(1, 100),
     bias_dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
     transposed=st.booleans(),
+    blocks=st.booleans(),
+    static=st.booleans(),
 )
-def test_any_shape_and_stride(packed, n, bias_dtype, transposed) -> None:
+def test_any_shape_and_stride(packed, n, bias_dtype, transposed, blocks, static) -> None:
     h = packed.shape[-1] - fmt.SCALE_BYTES
     weight = codes(h, n).t() if transposed else codes(n, h)
-    weight_scale = scales(2 * n)[::2]
+    weight_scale = block_scales(h, n).t() if blocks else scales(2 * n)[::2]
     bias = None if bias_dtype is None else torch.linspace(-900, 900, 3 * n, dtype=bias_dtype)[::3]
-    out = multiply(packed, weight, weight_scale, bias)
+    static_scale = torch.tensor(0.3) if static else None
+    rows, contiguous = packed, packed.clone(memory_format=torch.contiguous_format)
+    if static:
+        rows = packed[..., :h]
+        contiguous = fmt.pack(rows, static_scale.expand(rows.shape[:-1]))
+    out = multiply(rows, weight, weight_scale, bias, static_scale=static_scale)
     assert out.is_contiguous()
-    check_against_float64(out, packed, weight, weight_scale, bias)
-    assert torch.equal(
-        out, multiply(packed.clone(memory_format=torch.contiguous_format), weight, weight_scale, bias)
+    check_against_float64(out, contiguous, weight, weight_scale, bias)
+    assert torch.equal(out, multiply(contiguous, weight, weight_scale, bias)), (
+        "what rows with that scale give"
     )
 
 
@@ -139,9 +168,23 @@ def test_every_byte_in_every_place(shift: int) -> None:
     assert torch.equal(multiply(fmt.pack(table, torch.ones(40, 1)), unit, torch.ones(1)), value)
 
 
+def test_invalid_static_row_is_nan() -> None:
+    packed, weight, weight_scale = case(3, 70, 200)
+    rows, one = packed[:, :200].clone(), torch.tensor(0.5)
+    clean = multiply(rows, weight, weight_scale, static_scale=one)
+    rows[1] = fmt.NAN_CODE
+    for scale in (weight_scale, block_scales(70, 200)):
+        out = multiply(rows, weight, scale, static_scale=one)
+        assert out.isnan().all(dim=1).tolist() == [False, True, False]
+    assert torch.equal(multiply(rows, weight, weight_scale, static_scale=one)[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nan_stays_in_its_row(out_dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_row(out_dtype: torch.dtype, blocks: bool) -> None:
     packed, weight, weight_scale = case(15, 70, 33)
+    if blocks:
+        weight_scale = block_scales(70, 33)
     clean = multiply(packed, weight, weight_scale, out_dtype=out_dtype)
     packed[3] = fmt.pack(torch.zeros(33, dtype=torch.uint8), torch.tensor(float("nan")))
     packed[7, 32] = fmt.NAN_CODE
@@ -181,18 +224,22 @@ def test_one_scale() -> None:
     assert torch.equal(multiply(packed, weight, one), multiply(packed, weight, one.repeat(37)))
 
 
-def test_same_bits_in_any_batch_on_any_threads() -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_same_bits_in_any_batch_on_any_threads(blocks: bool) -> None:
     packed, weight, weight_scale = case(140, 130, 700)
-    prepacked = PREPACK(weight)
+    if blocks:
+        weight_scale = block_scales(130, 700)
+    prepacked = prepack(weight)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(PREPACK(weight), prepacked)
+            assert torch.equal(prepack(weight), prepacked)
             for batch in (1, 7, 12, 16, 61, 140):
                 parts = [
-                    OP(p, prepacked, weight_scale, None, 130, torch.float32) for p in packed.split(batch)
+                    OP(p, prepacked, weight_scale, None, None, 130, torch.float32)
+                    for p in packed.split(batch)
                 ]
                 results.append(torch.cat(parts))
     finally:
@@ -200,8 +247,11 @@ def test_same_bits_in_any_batch_on_any_threads() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_same_bits_at_every_level(isa: str) -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_same_bits_at_every_level(isa: str, blocks: bool) -> None:
     packed, weight, weight_scale = case(20, 70, 3001)
+    if blocks:
+        weight_scale = block_scales(70, 3001)
     out = multiply(packed, weight, weight_scale)
     cpu.set_isa("portable")
     try:
@@ -213,7 +263,7 @@ def test_same_bits_at_every_level(isa: str) -> None:
 def test_prepacked_layout() -> None:
     weight = codes(45, 7)
     for given_weight in (weight, weight.t().contiguous().t(), weight.repeat(2, 3)[::2][:, ::3][:45]):
-        prepacked = PREPACK(given_weight)
+        prepacked = prepack(given_weight)
         assert prepacked.shape == (2, 4, 64)
         padded = torch.zeros(64, 8, dtype=torch.uint8)
         padded[:45, :7] = given_weight
@@ -247,9 +297,16 @@ def test_through_the_public_functions() -> None:
             "weight: expected .* contiguous",
         ),
         ("weight", torch.zeros(2, 5, 64), "weight: expected .* uint8"),
-        ("weight_scale", torch.ones(39), r"weight_scale: expected shape \[40\] or \[1\]"),
+        ("weight_scale", torch.ones(39), r"weight_scale: expected shape \[40\], \[1\] or .* \[1, 1\]"),
         ("weight_scale", torch.ones(40, 1), r"weight_scale: expected .*, got shape \[40, 1\]"),
         ("weight_scale", torch.ones(40, dtype=torch.bfloat16), "weight_scale: expected .* torch.float32"),
+        ("weight_scale", torch.ones(1, 2), r"weight_scale: expected .*, got shape \[1, 2\]"),
+        ("weight_scale", torch.ones(()), r"weight_scale: expected .*, got shape \[\]"),
+        ("static_scale", torch.ones(2), r"static_scale: expected one torch.float32 element, got shape \[2\]"),
+        ("static_scale", torch.ones(1).double(), "static_scale: expected one torch.float32 element"),
+        ("static_scale", torch.zeros(1), "static_scale: expected a finite number > 0, got 0"),
+        ("static_scale", torch.tensor(float("nan")), "static_scale: expected a finite number > 0, got nan"),
+        ("static_scale", torch.ones(1), r"prepack_fp8_weight returns for \[40, 14\]"),
         ("bias", torch.ones(1), r"bias: expected shape \[40\]"),
         ("bias", torch.ones(40, dtype=torch.float64), "bias: expected .* of bf16, fp16 or fp32"),
         ("out_features", 0, "out_features: expected at least 1"),
@@ -263,6 +320,7 @@ def test_bad_arguments(argument: str, value: object, message: str) -> None:
         "weight": torch.zeros(2, 5, 64, dtype=torch.uint8),
         "weight_scale": torch.ones(40),
         "bias": None,
+        "static_scale": None,
         "out_features": 40,
         "out_dtype": torch.bfloat16,
     }
@@ -275,16 +333,23 @@ def test_bad_arguments(argument: str, value: object, message: str) -> None:
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3,), (0, 4), (4, 0)])
 def test_bad_weight_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"weight: expected shape \[N, H\]"):
-        PREPACK(torch.zeros(shape, dtype=torch.uint8))
+        prepack(torch.zeros(shape, dtype=torch.uint8))
 
 
 def test_bad_weight_dtype() -> None:
     with pytest.raises(ValueError, match="weight: expected dtype"):
-        PREPACK(torch.zeros(3, 4))
+        prepack(torch.zeros(3, 4))
 
 
 def test_opcheck() -> None:
     packed, weight, weight_scale = case(3, 40, 9)
-    torch.library.opcheck(PREPACK, (weight,))
-    for rows, bias in ((packed, None), (packed.reshape(1, 3, 13), scales(40).bfloat16()), (packed[:0], None)):
-        torch.library.opcheck(OP, (rows, PREPACK(weight), weight_scale, bias, 40, torch.bfloat16))
+    torch.library.opcheck(torch.ops.neuron_rmsq.prepack_fp8_weight.cpu, (weight, False))
+    for rows, bias, scale, static_scale in (
+        (packed, None, weight_scale, None),
+        (packed.reshape(1, 3, 13), scales(40).bfloat16(), weight_scale, None),
+        (packed[:0], None, weight_scale, None),
+        (packed, None, block_scales(40, 9), None),
+        (packed[:, :9].contiguous(), None, weight_scale, torch.ones(1)),
+    ):
+        arguments = (rows, prepack(weight), scale, bias, static_scale, 40, torch.bfloat16)
+        torch.library.opcheck(OP, arguments)

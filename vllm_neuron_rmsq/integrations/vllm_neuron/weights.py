@@ -197,7 +197,7 @@ class RowFp8Linear(nn.Module):
         self.source, self.kernels = Source(parts, target), kernels
         prepacked_shape = backends.get(kernels.backend).prepacked_shape
         n, k = self.source.shape
-        shape = (n, k) if prepacked_shape is None else prepacked_shape(n, k)
+        shape = (n, k) if prepacked_shape is None else prepacked_shape(n, k, False)
         self.weight = _parameter(shape, torch.uint8)
         self.weight_scale = _parameter((n,), torch.float32)
         attach(self.weight, self.source.keys, self._load_weight)
