@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_neuron_rmsq import integrations, settings
+from vllm_neuron_rmsq.integrations import metrics
 
 
 def register() -> None:
@@ -19,6 +20,7 @@ def register() -> None:
         ValueError: a setting is unknown or has a value that is not valid.
     """
     settings.Settings.load()
+    metrics.collect()
     if integrations.on_neuron():
         from vllm_neuron_rmsq.integrations import vllm_neuron
 

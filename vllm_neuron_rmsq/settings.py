@@ -14,6 +14,8 @@ from vllm_neuron_rmsq.backends import cpu
 from vllm_neuron_rmsq.target import TARGETS
 
 PREFIX = "VLLM_RMSQ_"
+METRICS_FOLDER = PREFIX + "METRICS_FOLDER"
+"""No setting: set by the plugin for the processes that vLLM starts (:mod:`.integrations.metrics`)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Settings:
         valid = choices()
         chosen: dict[str, Any] = {}
         for name, value in environ.items():
-            if name.startswith(PREFIX):
+            if name.startswith(PREFIX) and name != METRICS_FOLDER:
                 key = name.removeprefix(PREFIX).lower()
                 if key not in valid or name != PREFIX + key.upper():
                     variables = ", ".join(PREFIX + k.upper() for k in valid)
@@ -90,6 +92,11 @@ def choices() -> dict[str, tuple[str, ...]]:
         "attention": ("bf16", "fp8-prefill", "fp8"),
         "gather": ("uint8", "float8", "int32", "bf16"),
     }
+
+
+def variables() -> list[str]:
+    """Return every environment variable of the plugin's."""
+    return [*(PREFIX + key.upper() for key in choices()), METRICS_FOLDER]
 
 
 def _parse(name: str, key: str, value: Any, valid: tuple[str, ...]) -> Any:

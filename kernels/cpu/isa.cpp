@@ -1,9 +1,11 @@
-// Which instruction-set level runs, and the two C functions through which Python asks and chooses. And which
-// sources the library is of: digest.py.
+// Which instruction-set level runs, and the C functions through which Python asks, chooses and counts. And
+// which sources the library is of: digest.py.
 #include "isa.h"
 
 #include <atomic>
 #include <cstring>
+
+#include "counts.h"
 
 namespace {
 
@@ -38,6 +40,9 @@ extern "C" {
 // Name of the best level this machine has.
 [[gnu::visibility("default")]] const char* rmsq_best_isa() { return kNames[static_cast<int>(best())]; }
 
+// Name of the level in force.
+[[gnu::visibility("default")]] const char* rmsq_isa() { return kNames[static_cast<int>(rmsq::isa())]; }
+
 // Put a level in force; "auto" is the best. Returns 0, or 1 when the machine lacks it or no level has that
 // name.
 [[gnu::visibility("default")]] int rmsq_set_isa(const char* name) {
@@ -52,5 +57,11 @@ extern "C" {
         }
     }
     return 1;
+}
+
+// Rows this process has quantized, and how many of them were invalid.
+[[gnu::visibility("default")]] void rmsq_counts(int64_t* rows, int64_t* invalid) {
+    *rows = rmsq::counts().rows.load(std::memory_order_relaxed);
+    *invalid = rmsq::counts().invalid.load(std::memory_order_relaxed);
 }
 }

@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 
+#include "counts.h"
 #include "large_blocks.h"
 #include "torch_op.h"
 
@@ -57,15 +58,19 @@ inline Tensor new_output(const std::vector<int64_t>& sizes, ScalarType type, int
 }
 
 // Call kernel(work, begin, end, scratch) for shares of T rows, `scratch` being n fp32 elements of the share's
-// own and `grain` the least number of rows that is worth a thread.
+// own and `grain` the least number of rows that is worth a thread. What it returns are invalid rows, counted.
 template <class Kernel, class Work>
 void share_rows(Kernel kernel, const Work& work, int64_t T, int64_t n, int64_t grain) {
-    const auto share = [&](int64_t begin, int64_t end) { kernel(work, begin, end, make_buffer(n).get()); };
+    const auto share = [&](int64_t begin, int64_t end) {
+        const int64_t invalid = kernel(work, begin, end, make_buffer(n).get());
+        if (invalid) counts().invalid.fetch_add(invalid, std::memory_order_relaxed);
+    };
     if (T <= grain) {
         share(0, T);
     } else {
         parallel_for(0, T, grain, share);
     }
+    counts().rows.fetch_add(T, std::memory_order_relaxed);
 }
 
 }  // namespace rmsq

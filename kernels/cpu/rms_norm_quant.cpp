@@ -159,9 +159,10 @@ inline void store_nonfinite_x(const Place& row, int64_t H) {
 }
 
 template <Dtype D, Weight W, bool kResidual>
-void quantize_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* buffer) {
+int64_t quantize_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* buffer) {
     const bool dynamic = !(work.static_scale > 0);
     const int64_t H = work.H, out_bytes = H + (dynamic ? kScaleBytes : 0);
+    int64_t invalid = 0;
     for (int64_t index = begin; index < end; ++index) {
         const Place row = {
             work.hidden + index * work.hidden_stride,
@@ -184,33 +185,37 @@ void quantize_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* 
             }
             if (!(scale > 0)) {
                 scale = write_invalid_row(out, H, !dynamic);
+                ++invalid;
                 if constexpr (kResidual && D == Dtype::bf16) store_nonfinite_x(row, H);
             }
         }
         if (dynamic) memcpy(out + H, &scale, kScaleBytes);
     }
+    return invalid;
 }
 
 template <Dtype D, Weight W>
-void choose_residual(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch) {
-    work.residual ? quantize_rows<D, W, true>(work, begin, end, scratch)
-                  : quantize_rows<D, W, false>(work, begin, end, scratch);
+int64_t choose_residual(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch) {
+    return work.residual ? quantize_rows<D, W, true>(work, begin, end, scratch)
+                         : quantize_rows<D, W, false>(work, begin, end, scratch);
 }
 
-template <Dtype D> void choose_weight(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch) {
+template <Dtype D>
+int64_t choose_weight(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch) {
     if (work.lane_weight) return choose_residual<D, Weight::lane_order>(work, begin, end, scratch);
     if (work.weight) return choose_residual<D, Weight::same_dtype>(work, begin, end, scratch);
-    choose_residual<D, Weight::none>(work, begin, end, scratch);
+    return choose_residual<D, Weight::none>(work, begin, end, scratch);
 }
 
 }  // namespace
 
-void rms_norm_quant_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch) {
+int64_t rms_norm_quant_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch) {
     switch (work.dtype) {
         case Dtype::bf16: return choose_weight<Dtype::bf16>(work, begin, end, scratch);
         case Dtype::fp16: return choose_weight<Dtype::fp16>(work, begin, end, scratch);
         case Dtype::fp32: return choose_weight<Dtype::fp32>(work, begin, end, scratch);
     }
+    __builtin_unreachable();
 }
 
 }  // namespace RMSQ_ISA

@@ -28,6 +28,6 @@ struct RmsNormQuant {
 }  // namespace rmsq
 
 // Normalize, quantize and pack rows begin .. end-1; `scratch`, H fp32 elements rounded up to a multiple of
-// 32, is this call's alone.
+// 32, is this call's alone. Returns how many of the rows are invalid.
 RMSQ_DECLARE_KERNEL(
-    void rms_norm_quant_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch))
+    int64_t rms_norm_quant_rows(const RmsNormQuant& work, int64_t begin, int64_t end, float* scratch))

@@ -75,9 +75,11 @@ template <Dtype D> float sweep(const char* gate, const char* up, int64_t I, floa
     return largest(peak_a, peak_b);
 }
 
-template <Dtype D> void quantize_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* buffer) {
+template <Dtype D>
+int64_t quantize_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* buffer) {
     const bool dynamic = !(work.static_scale > 0);
     const int64_t I = work.I, out_bytes = I + (dynamic ? kScaleBytes : 0);
+    int64_t invalid = 0;
     for (int64_t index = begin; index < end; ++index) {
         const char* gate = work.gate_up + index * work.gate_up_stride;
         uint8_t* out = work.out + index * out_bytes;
@@ -93,19 +95,22 @@ template <Dtype D> void quantize_rows(const SiluMulQuant& work, int64_t begin, i
             scale = quantize_by_division<D>(out, I, work.fp8_max, peak, kLargest, work.static_scale, buffer);
         } else {
             scale = write_invalid_row(out, I, !dynamic);
+            ++invalid;
         }
         if (dynamic) memcpy(out + I, &scale, kScaleBytes);
     }
+    return invalid;
 }
 
 }  // namespace
 
-void silu_mul_quant_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* scratch) {
+int64_t silu_mul_quant_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* scratch) {
     switch (work.dtype) {
         case Dtype::bf16: return quantize_rows<Dtype::bf16>(work, begin, end, scratch);
         case Dtype::fp16: return quantize_rows<Dtype::fp16>(work, begin, end, scratch);
         case Dtype::fp32: return quantize_rows<Dtype::fp32>(work, begin, end, scratch);
     }
+    __builtin_unreachable();
 }
 
 }  // namespace RMSQ_ISA

@@ -22,6 +22,6 @@ struct SiluMulQuant {
 }  // namespace rmsq
 
 // Activate, quantize and pack rows begin .. end-1; `scratch`, I fp32 elements rounded up to a multiple of 32,
-// is this call's alone.
+// is this call's alone. Returns how many of the rows are invalid.
 RMSQ_DECLARE_KERNEL(
-    void silu_mul_quant_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* scratch))
+    int64_t silu_mul_quant_rows(const SiluMulQuant& work, int64_t begin, int64_t end, float* scratch))

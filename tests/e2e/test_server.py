@@ -15,6 +15,9 @@ import psutil
 import pytest
 import requests
 
+import vllm_neuron_rmsq
+from vllm_neuron_rmsq.backends import cpu
+
 START_SECONDS = 280
 QUESTION = "Complete: The capital of France is"  # a question with a clear answer: see test_offline.py
 pytestmark = pytest.mark.timeout(600)
@@ -130,6 +133,39 @@ def test_chunked_prefill_and_prefix_caching(server):
         reply = server.client.completions.create(model="smollm2", prompt=prompt, max_tokens=4, temperature=0)
         assert reply.usage.prompt_tokens > 2 * 256
         assert reply.choices[0].text.startswith(" four, five")
+
+
+def test_metrics(server):
+    """What vLLM's own ``/metrics`` says of the plugin: gauges of the loaded model, counters that go on."""
+
+    def metrics() -> dict[str, float]:
+        text = requests.get(f"http://127.0.0.1:{server.port}/metrics", timeout=10).text
+        lines = [line for line in text.splitlines() if line.startswith("vllm:rmsq_")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    own = 'engine="0",model_name="smollm2",rank="0"'
+    before = metrics()
+    assert before[f'vllm:rmsq_norms{{{own},state="fused"}}'] == 60
+    assert before[f'vllm:rmsq_norms{{{own},state="stock"}}'] == 1
+    assert before[f'vllm:rmsq_activations{{{own},state="fused"}}'] == 30
+    assert before[f'vllm:rmsq_linears{{{own},scheme="per-token"}}'] == 120
+    assert before[f"vllm:rmsq_halved_linears{{{own}}}"] == 0
+    info = next(name for name in before if name.startswith("vllm:rmsq_info"))
+    assert f'backend="cpu",{own.partition(",")[0]},instruction_set="{cpu.isa()}"' in info
+    assert f'target="trn2",version="{vllm_neuron_rmsq.__version__}"' in info
+    assert before[f"vllm:rmsq_invalid_rows_total{{{own}}}"] == 0
+
+    tokens = server.client.completions.create(
+        model="smollm2", prompt="One, two,", max_tokens=8, temperature=0
+    ).usage
+    name = f"vllm:rmsq_packed_rows_total{{{own}}}"
+    # In each layer two norms, SiLU times up, and the attention's output, which its projection quantizes. The
+    # last token is not run. Prompts may be cached, tokens beside this request's are not.
+    expected = before[name] + 30 * 4 * (tokens.completion_tokens - 1)
+    deadline = time.monotonic() + 30
+    while metrics()[name] < expected:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_bad_requests_do_not_stop_it(server):

@@ -12,12 +12,14 @@ from vllm_neuron_rmsq.backends import cpu, nki, nki_sim, torch
 from vllm_neuron_rmsq.backends.base import (
     Backend,
     BackendUnavailableError,
+    Counts,
     Functions,
 )
 
 __all__ = [
     "Backend",
     "BackendUnavailableError",
+    "Counts",
     "Functions",
     "for_serving",
     "get",

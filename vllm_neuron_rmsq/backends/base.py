@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, dtype
 
@@ -20,6 +20,18 @@ from vllm_neuron_rmsq.target import Target
 
 class BackendUnavailableError(RuntimeError):
     """A backend asked for by name cannot run here; the message says why and what to do."""
+
+
+class Counts(NamedTuple):
+    """What a backend has done in this process.
+
+    Attributes:
+        rows: rows quantized, by a norm, an activation function or a linear itself.
+        invalid: those among them that held NaN or Inf, or exceeded fp32's range.
+    """
+
+    rows: int
+    invalid: int
 
 
 class Functions(Protocol):
@@ -97,6 +109,8 @@ class Backend:
             saying whether it has block scales; ``None`` where its matmul reads the checkpoint's ``[N, H]`` as
             it is.
         details: where it can run, what ``check`` says of how.
+        level: where it can run, which of several ways to compute is in force, "avx2"; else empty.
+        counts: where it can run, what it has done in this process; ``None`` where it does not count.
         traced: whether a compiled graph must hold the calls its functions make, not the op's overload: a
             compiler that knows those calls does not know our ops.
     """
@@ -108,4 +122,6 @@ class Backend:
     serves: tuple[str, ...] = ()
     prepacked_shape: Callable[[int, int, bool], tuple[int, ...]] | None = None
     details: Callable[[], str] = lambda: ""
+    level: Callable[[], str] = lambda: ""
+    counts: Callable[[], Counts] | None = None
     traced: Callable[[], bool] = lambda: False

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_neuron_rmsq.backends.base import Backend
+from vllm_neuron_rmsq.backends.base import Backend, Counts
 from vllm_neuron_rmsq.kernels.cpu.digest import MARK, digest
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -35,7 +35,7 @@ def _load() -> ctypes.CDLL:
         raise OSError("they were built from other sources than those installed beside them")
     torch.ops.load_library(str(LIBRARY))
     library = ctypes.CDLL(str(LIBRARY))
-    library.rmsq_best_isa.restype = ctypes.c_char_p
+    library.rmsq_best_isa.restype = library.rmsq_isa.restype = ctypes.c_char_p
     return library
 
 
@@ -60,6 +60,11 @@ def isas() -> tuple[str, ...]:
     return ISAS[: ISAS.index(best) + 1]
 
 
+def isa() -> str:
+    """Return the instruction-set level in force."""
+    return _load().rmsq_isa().decode()
+
+
 def set_isa(name: str) -> None:
     """Run the kernels of instruction-set level ``name`` from now on; ``"auto"`` is the best.
 
@@ -70,6 +75,13 @@ def set_isa(name: str) -> None:
         raise ValueError(
             f"cpu_isa: expected auto or one this machine has ({', '.join(isas())}); got {name!r}"
         )
+
+
+def counts() -> Counts:
+    """Return how many rows the kernels have quantized in this process: one addition a call tells it."""
+    rows, invalid = ctypes.c_int64(), ctypes.c_int64()
+    _load().rmsq_counts(ctypes.byref(rows), ctypes.byref(invalid))
+    return Counts(rows.value, invalid.value)
 
 
 def prepacked_shape(n: int, h: int, blocks: bool) -> tuple[int, int, int]:
@@ -86,4 +98,6 @@ BACKEND = Backend(
     serves=("cpu",),
     prepacked_shape=prepacked_shape,
     details=lambda: f"instruction sets {', '.join(isas())}",
+    level=isa,
+    counts=counts,
 )

@@ -41,9 +41,7 @@ def apply() -> None:
     from vllm_neuron_rmsq.integrations.vllm import linear, loader, rms_norm
     from vllm_neuron_rmsq.patches import env_variables, linear_kernel_order, model_loader
 
-    env_variables.apply(
-        versions.environment_variables, [settings.PREFIX + key.upper() for key in settings.choices()]
-    )
+    env_variables.apply(versions.environment_variables, settings.variables())
     for in_tree, ours in rms_norm.REPLACEMENTS.items():
         _replace(in_tree, ours)
     linear_kernel_order.apply(

@@ -25,6 +25,8 @@ def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: 
     settings.install(settings.Settings.load(additional_config=extra if isinstance(extra, dict) else None))
     model = original(loader, vllm_config, model_config, *args, **kwargs)
     report = fusion.bind(model, vllm_config)
+    if report is not None:
+        report.publish(model_config, vllm_config.parallel_config)
     if isinstance(extra, dict):
         backend = None if report is None else report.backend
         layers = [] if report is None else [*report.fused, *report.fused_activations]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_neuron_rmsq import __version__, backends
+from vllm_neuron_rmsq.integrations import metrics
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -52,6 +56,31 @@ class FusionReport:
     @property
     def fused_activations(self) -> list[LayerReport]:
         return [activation for activation in self.activations if not activation.reason]
+
+    def publish(self, model_config: Any, parallel_config: Any) -> None:
+        """Show on the server's ``/metrics`` what this rank has loaded, and what it counts from now on."""
+        backend = backends.get(self.backend)
+        labels = {
+            "model_name": model_config.served_model_name,
+            "engine": str(parallel_config.data_parallel_index),
+            "rank": str(parallel_config.rank),
+        }
+        info = {
+            "version": __version__,
+            "backend": self.backend,
+            "instruction_set": backend.level(),
+            "target": self.target,
+        }
+        gauges = [metrics.Gauge("info", 1, info)]
+        for name, layers, fused in (
+            ("norms", self.norms, self.fused),
+            ("activations", self.activations, self.fused_activations),
+        ):
+            gauges.append(metrics.Gauge(name, len(fused), {"state": "fused"}))
+            gauges.append(metrics.Gauge(name, len(layers) - len(fused), {"state": "stock"}))
+        gauges.append(metrics.Gauge("linears", self.linears, {"scheme": "per-token"}))
+        gauges.append(metrics.Gauge("halved_linears", self.halved))
+        metrics.publish(labels, gauges, backend.counts)
 
     def __str__(self) -> str:
         text = (

@@ -41,8 +41,7 @@ def apply() -> None:
 
     from vllm_neuron_rmsq.patches import env_variables, neuron_platform, neuron_registry
 
-    variables = [settings.PREFIX + key.upper() for key in settings.choices()]
-    env_variables.apply(envs.environment_variables, variables)
+    env_variables.apply(envs.environment_variables, settings.variables())
     neuron_registry.apply(type(ModelRegistry), instead)
     neuron_platform.apply(type(current_platform), lift)
 
