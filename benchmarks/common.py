@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +11,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from vllm_neuron_rmsq.measure.results import RUN_COLUMNS, append, processor, read, text, this_run
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,7 +60,7 @@ def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
         name: of the benchmark.
         rows: all with the same keys, the columns.
     """
-    lines = [{column: _text(value) for column, value in row.items()} for row in rows]
+    lines = [{column: text(value) for column, value in row.items()} for row in rows]
     table = Table(*rows[0], box=None)
     for column in table.columns:
         column.justify = "right"
@@ -73,72 +70,15 @@ def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
     append(RESULTS / f"{name}.csv", [this_run() | line for line in lines])
 
 
-def append(path: Path, lines: Sequence[Mapping[str, str]]) -> None:
-    """Append ``lines`` to a CSV file that may have other columns, or may not be there yet."""
-    before = read(path) if path.exists() else []
-    columns = list(dict.fromkeys(column for line in (*before, *lines) for column in line))
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*before, *lines])
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the lines of a CSV file, each by its columns."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def latest(name: str) -> list[dict[str, str]]:
     """Return the lines that the last run of benchmark ``name`` appended."""
     lines = read(RESULTS / f"{name}.csv")
-    last = {column: lines[-1][column] for column in RUN_COLUMNS}
-    return [line for line in lines if last.items() <= line.items()]
+    return [line for line in lines if run_of(line) == run_of(lines[-1])]
 
 
-RUN_COLUMNS = ("date", "machine", "commit", "versions")
-
-
-def this_run() -> dict[str, str]:
-    """When and on what a line was measured: :data:`RUN_COLUMNS`."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ":!results"], capture_output=True, text=True
-    )
-    values = (
-        time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        f"{processor()}, {os.cpu_count()} cores",
-        (commit.stdout.strip() or "unknown") + (" and changes" if changed.stdout else ""),
-        f"vllm {_version('vllm')}, torch {torch.__version__}",
-    )
-    return dict(zip(RUN_COLUMNS, values, strict=True))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def processor() -> str:
-    """Name of this machine's processor."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
-    return model
+def run_of(line: Mapping[str, str]) -> tuple[str, ...]:
+    """Which run a line of a results file is of."""
+    return tuple(line[column] for column in RUN_COLUMNS)
 
 
 def machine() -> str:

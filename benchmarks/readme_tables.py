@@ -14,30 +14,50 @@ from pathlib import Path
 
 import common
 
+from vllm_neuron_rmsq.measure.results import read
+
 README = Path(__file__).parents[1] / "README.md"
-MODELS = {"SmolLM2-135M": "SmolLM2-135M", "Llama-1.1B": "Llama, 1.1 billion parameters, random weights"}
+NAMES = {
+    "Qwen2.5-0.5B": "Qwen2.5-0.5B's shape, random weights",
+    "Llama-1.1B": "Llama, 1.1 billion parameters, random weights",
+}
+PLUGIN = "plugin FP8"
 
 
 def end_to_end() -> str:
-    """Tokens a second of ``vllm serve``, and the memory of the larger model."""
-    lines = common.latest("end_to_end")
-    table = [
-        "| `vllm serve`, decoding, tokens/s | clients | plugin, FP8 | stock vLLM, bf16 | stock vLLM, FP8 |",
-        "| --- | --: | --: | --: | --: |",
+    """Tokens a second of each model's last run, every side beside the plugin; where another is faster."""
+    lines = read(common.RESULTS / "end_to_end.csv")
+    last = {line["model"]: common.run_of(line) for line in lines}
+    shown = [line for line in lines if common.run_of(line) == last[line["model"]]]
+    columns = [column for column in lines[0] if any(line[column] for line in shown)]
+    sides = [column.removesuffix(" tok/s") for column in columns if column.endswith(" tok/s")]
+    table = [f"| tokens/s | | {' | '.join(sides)} |", f"| --- | --- | {' | '.join(['--:'] * len(sides))} |"]
+    faster = []
+    model = ""
+    for line in shown:
+        name = "" if line["model"] == model else NAMES.get(line["model"], line["model"])
+        model = line["model"]
+        speeds = {side: float(line[f"{side} tok/s"]) for side in sides if line[f"{side} tok/s"]}
+        best = max(speeds, key=speeds.__getitem__)
+        if best != PLUGIN:
+            faster.append(
+                f"{model}, {line['work']}: {best}, {speeds[best] / speeds[PLUGIN]:.2f} times the plugin"
+            )
+        cells = (line[f"{side} tok/s"] for side in sides)
+        cells = (f"**{c}**" if side == best else c for side, c in zip(sides, cells, strict=True))
+        table.append(f"| {name} | {line['work']} | {' | '.join(cells)} |")
+    table += [
+        "",
+        *dict.fromkeys(f"{_when([line])}, {line['machine']}, {line['versions']}." for line in shown),
     ]
-    shown = ""
-    for line in lines:
-        name = "" if line["model"] == shown else MODELS[line["model"]]
-        shown = line["model"]
-        speeds = f"**{line['plugin tok/s']}** | {line['bf16 tok/s']} | {line['stock tok/s']}"
-        table.append(f"| {name} | {line['batch']} | {speeds} |")
-    large = lines[-1]
-    run = f"{large['date'].split()[0]}, {large['machine']}, {large['versions']}, commit {large['commit']}."
-    memory = (
-        f"The 1.1-billion-parameter model takes {_gigabytes(large['plugin MB'])} of resident memory in the "
-        f"plugin, {_gigabytes(large['bf16 MB'])} in bf16."
-    )
-    return "\n".join([*table, "", run, memory])
+    for model in last:
+        sizes = next(line for line in shown if line["model"] == model)
+        given = [f"{side} {_gigabytes(sizes[f'{side} MB'])}" for side in sides if sizes.get(f"{side} MB")]
+        if given:
+            table.append(f"Resident memory, {NAMES.get(model, model)}: {', '.join(given)}.")
+    if faster:
+        table.append(f"Take another where that is faster: {'; '.join(faster)}.")
+    return "\n".join(table)
 
 
 def packed_fp8_linear() -> str:

@@ -1,7 +1,8 @@
 """Offline generation through the plugin: ``python examples/offline_generate.py CHECKPOINT``.
 
-The plugin needs no code: installed beside vLLM it is loaded by ``LLM`` itself. The settings shown here are
-the defaults; the environment variables VLLM_RMSQ_BACKEND, _TARGET, _FUSE and _STRICT set the same.
+The plugin needs no code: installed beside vLLM it is loaded by ``LLM`` itself. The environment variables
+VLLM_RMSQ_BACKEND, _TARGET, _FUSE and _STRICT set what it does. So does ``LLM``'s argument
+``additional_config={"rmsq": {"backend": "cpu"}}``, which wins over them: leave it out where they shall count.
 """
 
 import sys
@@ -21,7 +22,6 @@ def main(checkpoint: str) -> None:
         enforce_eager=True,
         max_model_len=512,
         kv_cache_memory_bytes=256 << 20,
-        additional_config={"rmsq": {"backend": "auto", "target": "trn2", "fuse": True, "strict": False}},
     )
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     for prompt, output in zip(

@@ -27,7 +27,7 @@ def test_a_run_is_appended_with_when_and_on_what(results, monkeypatch):
     assert [line["ours us"] for line in lines] == ["2.35", "1234", "2.35"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[0]["date"])
     assert lines[0]["machine"].startswith(common.processor())
-    assert re.fullmatch(r"[0-9a-f]{7,}( and changes)?|unknown", lines[0]["commit"])
+    assert re.fullmatch(r"[0-9a-f]{7,}( and changes)?|version .+", lines[0]["commit"])
     assert "torch " in lines[0]["versions"]
     assert common.latest("some") == lines[-1:]
 

