@@ -150,7 +150,7 @@ class _OwnOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace = getattr(torch.ops, dispatch.NAMESPACE)
         if func.overloadpacket is namespace.packed_fp8_linear:
-            packed, _, _, _, out_features, out_dtype = args
+            packed, *_, out_features, out_dtype = args
             return packed.new_zeros((*packed.shape[:-1], out_features), dtype=out_dtype)
         if func.overloadpacket is namespace.rms_norm_quant and self.running[-1] in self.linears:
             hidden = args[0]
