@@ -128,3 +128,12 @@ def test_only_what_does_not_fit_is_halved():
 def test_nan_and_inf_are_refused(code, scale):
     with pytest.raises(ValueError, match="weight: holds NaN or Inf in its codes or scales"):
         weights.fit(torch.tensor([[code]], dtype=torch.uint8), torch.tensor([scale]), TRN2)
+
+
+def test_halving_and_decoding_are_torch_s_for_every_code():
+    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(weights.decode(codes), values)
+    halved, scale = weights.halve(codes[:, None], torch.ones(1))
+    assert torch.equal(halved[:, 0], (values / 2).to(torch.float8_e4m3fn).view(torch.uint8))
+    assert scale == 2

@@ -20,7 +20,7 @@ BLOCK = 128
 """Rows and columns of a weight's block, where blocks have scales; the last ones may be smaller."""
 
 ROWS_AT_A_TIME = 1024
-"""Weight rows converted at once while halving: bounds the bf16 copy."""
+"""Weight rows halved at once: bounds the memory for what is computed of them."""
 
 
 class Fitted(NamedTuple):
@@ -64,20 +64,37 @@ def quantize(
     Returns:
         ``[N, H]`` float8_e4m3fn and ``[N, 1]`` fp32, for blocks ``[ceil(N / 128), ceil(H / 128)]``.
     """
-    limit = target.fp8_max
     values = weight.float()
-    least = torch.finfo(torch.float32).tiny
     if not blocks:
-        scale = (values.abs().amax(dim=1, keepdim=True) / limit).clamp(min=least)
-        return (values / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+        scale = scale_of(values.abs().amax(dim=1, keepdim=True), target)
+        return encode(values, scale, target), scale
     down, across = block_scale_shape(*weight.shape)
     padding = (0, across * BLOCK - weight.shape[1], 0, down * BLOCK - weight.shape[0])
-    peaks = (
-        torch.nn.functional.pad(values.abs(), padding).reshape(down, BLOCK, across, BLOCK).amax(dim=(1, 3))
-    )
-    scale = (peaks / limit).clamp(min=least)
-    values = values / expand_block_scale(scale, *weight.shape)
-    return values.clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+    padded = torch.nn.functional.pad(values.abs(), padding)
+    scale = scale_of(padded.reshape(down, BLOCK, across, BLOCK).amax(dim=(1, 3)), target)
+    return encode(values, expand_block_scale(scale, *weight.shape), target), scale
+
+
+def scale_of(largest: torch.Tensor, target: Target) -> torch.Tensor:
+    """Return the scale, fp32, of numbers whose largest magnitude is ``largest``."""
+    return (largest / target.fp8_max).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def encode(values: torch.Tensor, scale: torch.Tensor, target: Target) -> torch.Tensor:
+    """Return the codes, float8_e4m3fn, of fp32 ``values`` under a given scale; larger ones are clipped."""
+    return (values / scale).clamp_(-target.fp8_max, target.fp8_max).to(torch.float8_e4m3fn)
+
+
+def decode(codes: torch.Tensor) -> torch.Tensor:
+    """Return the numbers, fp32, that codes stand for; torch's own conversion takes much longer on a CPU.
+
+    Args:
+        codes: uint8, codes of ``float8_e4m3fn`` without NaN.
+    """
+    # A code's exponent and mantissa have the same order in bf16, with 3 bits of the mantissa's 7, and the
+    # exponent counts from 2^-127, not 2^-7. The sign-extended code brings the sign to the top.
+    wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(~0x7800)
+    return wide.view(torch.bfloat16).float().mul_(2.0**120)
 
 
 def fit(codes: torch.Tensor, scale: torch.Tensor, target: Target) -> Fitted:
@@ -138,6 +155,8 @@ def halve(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch
     halved = torch.empty_like(codes)
     for start in range(0, codes.shape[0], ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        values = codes[rows].view(torch.float8_e4m3fn).to(torch.bfloat16) * 0.5
-        halved[rows] = values.to(torch.float8_e4m3fn).view(torch.uint8)
+        magnitude = codes[rows] & 0x7F
+        # Up to code 15 numbers are multiples of one step: half as many, to even. Above, one exponent less.
+        small = (magnitude + ((magnitude >> 1) & 1)) >> 1
+        halved[rows] = torch.where(magnitude < 16, small, magnitude - 8) | (codes[rows] & 0x80)
     return halved, scale * 2

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_neuron_rmsq import __version__
 from vllm_neuron_rmsq.cli.errors import CommandError, shown_without_trace
@@ -23,6 +23,7 @@ console = Console()
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Target = StrEnum("Target", {name: name for name in TARGETS})  # type: ignore[misc]  # mypy wants a literal
+Scheme = StrEnum("Scheme", {name: name for name in ("per-channel", "per-tensor", "static")})  # type: ignore[misc]
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,23 +42,84 @@ def options(
     """Tools around the vLLM plugin vllm-neuron-rmsq."""
 
 
-@app.command()
+EXIT_STATUS = "Exit status: 0 done, 2 wrong use or bad input."
+
+
+@app.command(epilog=EXIT_STATUS)
 def quantize(
     source: Annotated[Path, typer.Argument(help="Checkpoint directory with safetensors, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Checkpoint directory to make.")],
     target: Annotated[Target, typer.Option(help="Range of the codes: ±240 or ±448.")] = Target[TRN2.name],
+    scheme: Annotated[
+        Scheme,
+        typer.Option(
+            help="Scales: one for each output channel of a weight, or one for the weight, and one found at "
+            "run time for each token; or static, one for a channel and, by --calibration, one for all tokens."
+        ),
+    ] = Scheme["per-channel"],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to run the model on for static scales, a few thousand words like those it will see."
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A linear to leave as it is: its name, or re:REGEX of names. May be repeated."),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A linear to quantize besides the decoder's *_proj: of a vision tower, say, or Mixtral's "
+            "experts. Name or re:REGEX. May be repeated."
+        ),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output projection, too.")] = False,
+    from_fp8: Annotated[
+        bool,
+        typer.Option(
+            "--from-fp8",
+            help="SOURCE is in FP8: halve the codes of weights that go beyond the target's range; one scale "
+            "a channel instead of one a block.",
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the error of every linear there, as JSON.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Convert a bf16 checkpoint, or a GGUF file, to FP8: per-channel weights, per-token activations."""
-    from vllm_neuron_rmsq import checkpoint
+    """Convert a bf16 checkpoint, or a GGUF file, to FP8.
 
+    OUT appears complete or not at all. A run that was killed leaves .OUT.partial; the next one goes on there.
+    """
     with _progress() as progress, shown_without_trace():
-        task = progress.add_task(f"Quantizing {source.name}")
+        from vllm_neuron_rmsq import checkpoint
+        from vllm_neuron_rmsq.cli.quantize import as_json, read_text, show, write
 
-        def tell(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total)
+        task = progress.add_task("Quantizing", total=None)
 
-        linears = checkpoint.convert(source, out, target, tell)
-    console.print(f"{out}: {linears} linears in FP8 for {target}", soft_wrap=True)
+        def tell(done: int, total: int, what: str) -> None:
+            description = "Calibrating" if what == "calibration" else "Quantizing"
+            progress.update(task, completed=done, total=total, description=description)
+
+        made = checkpoint.convert(
+            source,
+            out,
+            target,
+            tell,
+            scheme=scheme,
+            ignore=ignore or (),
+            include=include or (),
+            lm_head=lm_head,
+            from_fp8=from_fp8,
+            calibration_text=None if calibration is None else read_text(calibration),
+        )
+        if report is not None:
+            write(report, made)
+    if json:
+        typer.echo(as_json(made))
+    else:
+        show(made, console)
 
 
 @app.command()
@@ -232,18 +294,26 @@ def _read_text(path: Path) -> str:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, console=console, transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    return Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
 
 
 def main() -> None:
-    """Run the command; what the user can mend is one line on standard error and exit status 1."""
-    # Like Ctrl-C: what is half made is removed on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Run the command; what the user can mend is one line on standard error and the error's exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     try:
         app()
     except CommandError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"error: {error}", markup=False, style="red"
         )
-        sys.exit(1)
+        sys.exit(error.status)
+
+
+def _leave(number: int, _: object) -> None:
+    """End the command; what is half made is removed on the way out, which no second signal interrupts."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
