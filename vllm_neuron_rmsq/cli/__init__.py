@@ -94,7 +94,7 @@ def quantize(
     """
     with _progress() as progress, shown_without_trace():
         from vllm_neuron_rmsq import checkpoint
-        from vllm_neuron_rmsq.cli.quantize import as_json, read_text, show, write
+        from vllm_neuron_rmsq.cli.quantize import as_json, show, write
 
         task = progress.add_task("Quantizing", total=None)
 
@@ -112,7 +112,7 @@ def quantize(
             include=include or (),
             lm_head=lm_head,
             from_fp8=from_fp8,
-            calibration_text=None if calibration is None else read_text(calibration),
+            calibration_text=None if calibration is None else _read_text(calibration),
         )
         if report is not None:
             write(report, made)

@@ -72,15 +72,3 @@ def write(path: Path, report: Report) -> None:
         path.write_text(as_json(report) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{report.out}: is complete, but its report cannot be written ({error})") from error
-
-
-def read_text(path: Path) -> str:
-    """Return the calibration text.
-
-    Raises:
-        ValueError: it cannot be read as text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error})") from error
