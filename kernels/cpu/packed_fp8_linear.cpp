@@ -5,7 +5,8 @@
 //     stage   the weight as the tile reads it. With AVX-512 BF16 these are the codes themselves: the tile
 //             converts them in registers, on ports that the multiplications leave idle. Elsewhere converting
 //             costs as much as several rows, so a chunk is converted to bf16 in L1 and serves all rows.
-//     tile    up to kTileRows rows by the block's outputs, sums in registers
+//     tile    up to kTileRows rows by the block's outputs, sums in registers. Where blocks of the weight have
+//             scales, the sum of kScaledPairs pairs is scaled and added to those before.
 //     finish  scales, bias, rounding
 #include "packed_fp8_linear.h"
 
@@ -30,11 +31,12 @@ int64_t unit_stride(int64_t H) { return round_up(round_up(H, 64) / 2 * kUnitsPer
 // tile<rows>, where rows <= kRows.
 template <int kRows>
 void tile_of(
-    int64_t rows, const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums) {
+    int64_t rows, const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums,
+    const float* scales) {
     if constexpr (kRows > 1) {
-        if (rows < kRows) return tile_of<kRows - 1>(rows, weight, pairs, units, stride, sums);
+        if (rows < kRows) return tile_of<kRows - 1>(rows, weight, pairs, units, stride, sums, scales);
     }
-    tile<kRows>(weight, pairs, units, stride, sums);
+    tile<kRows>(weight, pairs, units, stride, sums, scales);
 }
 
 // Sums of `rows` rows, from `units` on, by the outputs of a block, into `sums`, [rows, kBlockOutputs].
@@ -43,27 +45,19 @@ void sum_block(const PackedFp8Linear& linear, int64_t block, const Unit* units, 
     const int64_t pairs = linear.pairs, stride = unit_stride(linear.H);
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const uint8_t* codes = linear.weight + block * pairs * kPairCodes;
-    const bool scaled = linear.scale_columns > 0;
-    const float* scale = linear.weight_scale + block * kBlockOutputs / kScaledFeatures * linear.scale_columns;
-    const int64_t step = scaled ? kScaledFeatures / 2 : kChunkPairs;
+    const int64_t scale_row = block * kBlockOutputs / kScaledFeatures * linear.scale_columns;
     memset(sums, 0, rows * kBlockOutputs * sizeof *sums);
-    for (int64_t p = 0; p < pairs; p += step) {
-        const int64_t chunk = smaller(step, pairs - p);
+    for (int64_t p = 0; p < pairs; p += kChunkPairs) {
+        const int64_t chunk = smaller(kChunkPairs, pairs - p);
         const Staged* staged = stage(codes + p * kPairCodes, chunk, buffer);
+        const float* scales = nullptr;
+        if (linear.scale_columns > 0) scales = linear.weight_scale + scale_row + p / kScaledPairs;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t start = rows * t / tiles, end = rows * (t + 1) / tiles;
             const Unit* first_unit = units + start * stride + p * kUnitsPerPair;
-            float* of_tile = sums + start * kBlockOutputs;
-            if (!scaled) {
-                tile_of<kTileRows>(end - start, staged, chunk, first_unit, stride, of_tile);
-                continue;
-            }
-            alignas(64) float part[kTileRows * kBlockOutputs];
-            memset(part, 0, (end - start) * kBlockOutputs * sizeof *part);
-            tile_of<kTileRows>(end - start, staged, chunk, first_unit, stride, part);
-            for (int64_t i = 0; i < (end - start) * kBlockOutputs; ++i) of_tile[i] += part[i] * *scale;
+            float* first_sum = sums + start * kBlockOutputs;
+            tile_of<kTileRows>(end - start, staged, chunk, first_unit, stride, first_sum, scales);
         }
-        ++scale;
     }
 }
 

@@ -19,7 +19,8 @@ namespace rmsq {
 
 constexpr int64_t kBlockOutputs = 32;
 constexpr int64_t kPairCodes = 2 * kBlockOutputs;  // of a pair, in a block
-constexpr int64_t kScaledFeatures = 128;           // side of a weight's block with a scale of its own
+constexpr int64_t kScaledFeatures = 128;           // side of a block of the weight with a scale of its own
+constexpr int64_t kScaledPairs = kScaledFeatures / 2;
 
 // How far ahead of its use the weight is asked for, into the second-level cache: far enough for memory, near
 // enough to be there still. (The processor itself fetches from there to the first level.)

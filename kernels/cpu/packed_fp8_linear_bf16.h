@@ -72,35 +72,55 @@ void expand_row(const uint8_t* codes, int64_t H, Unit* units) {
 
 const Staged* stage(const uint8_t* codes, int64_t, Staged*) { return codes; }
 
+// `scales` is null, or has one for each kScaledPairs.
 template <int kRows>
-void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums) {
+void tile(
+    const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums,
+    const float* scales) {
     // The converter leaves outputs 0-3, 8-11, ... in one vector and 4-7, 12-15, ... in the other.
     const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
-    __m512 sum[kRows][2];
+    __m512 total[kRows][2];
     for (int r = 0; r < kRows; ++r) {
         const __m512 first = _mm512_load_ps(sums + r * kBlockOutputs);
         const __m512 second = _mm512_load_ps(sums + r * kBlockOutputs + 16);
-        sum[r][0] = _mm512_permutex2var_ps(first, even, second);
-        sum[r][1] = _mm512_permutex2var_ps(first, odd, second);
+        total[r][0] = _mm512_permutex2var_ps(first, even, second);
+        total[r][1] = _mm512_permutex2var_ps(first, odd, second);
     }
     const Converter converter;
-    for (int64_t p = 0; p < pairs; ++p, weight += kPairCodes) {
-        _mm_prefetch(reinterpret_cast<const char*>(weight) + kPrefetchBytes, _MM_HINT_T1);
-        __m512i first, second;
-        converter.convert(_mm512_loadu_si512(weight), first, second);
-#pragma GCC unroll 12
+    const int64_t step = scales == nullptr ? pairs : kScaledPairs;
+    for (int64_t start = 0; start < pairs; start += step) {
+        const int64_t end = start + step < pairs ? start + step : pairs;
+        __m512 sum[kRows][2];
         for (int r = 0; r < kRows; ++r) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(units[r * stride + p]);
-            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], (__m512bh)first, pair);
-            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], (__m512bh)second, pair);
+            sum[r][0] = scales == nullptr ? total[r][0] : _mm512_setzero_ps();
+            sum[r][1] = scales == nullptr ? total[r][1] : _mm512_setzero_ps();
+        }
+        for (int64_t p = start; p < end; ++p, weight += kPairCodes) {
+            _mm_prefetch(reinterpret_cast<const char*>(weight) + kPrefetchBytes, _MM_HINT_T1);
+            __m512i first, second;
+            converter.convert(_mm512_loadu_si512(weight), first, second);
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+                const __m512bh pair = (__m512bh)_mm512_set1_epi32(units[r * stride + p]);
+                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], (__m512bh)first, pair);
+                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], (__m512bh)second, pair);
+            }
+        }
+        const __m512 scale = _mm512_set1_ps(scales == nullptr ? 1 : scales[start / kScaledPairs]);
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < 2; ++v) {
+                total[r][v] = scales == nullptr ? sum[r][v]
+                                                : _mm512_add_ps(total[r][v], _mm512_mul_ps(sum[r][v], scale));
+            }
         }
     }
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int r = 0; r < kRows; ++r) {
-        _mm512_store_ps(sums + r * kBlockOutputs, _mm512_permutex2var_ps(sum[r][0], low, sum[r][1]));
-        _mm512_store_ps(sums + r * kBlockOutputs + 16, _mm512_permutex2var_ps(sum[r][0], high, sum[r][1]));
+        _mm512_store_ps(sums + r * kBlockOutputs, _mm512_permutex2var_ps(total[r][0], low, total[r][1]));
+        _mm512_store_ps(
+            sums + r * kBlockOutputs + 16, _mm512_permutex2var_ps(total[r][0], high, total[r][1]));
     }
 }
 

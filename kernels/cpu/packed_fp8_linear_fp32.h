@@ -17,7 +17,7 @@ namespace {
 using Unit = float;
 using Staged = uint16_t;
 constexpr int64_t kUnitsPerPair = 2;
-constexpr int64_t kChunkPairs = 64;
+constexpr int64_t kChunkPairs = kScaledPairs;
 constexpr int64_t kStageBuffer = kChunkPairs * kPairCodes;
 
 #if defined(__AVX512F__)
@@ -130,13 +130,18 @@ const Staged* stage(const uint8_t* codes, int64_t pairs, Staged* buffer) {
     return buffer;
 }
 
+// `scales` is null, or has the one of the chunk.
 template <int kRows>
-void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums) {
+void tile(
+    const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums,
+    const float* scales) {
     // Enough sums to keep the multipliers busy, few enough to stay in registers.
     constexpr int kVectors = kRows > 3 || kLanes == 16 ? 2 : 4;
     for (int64_t n = 0; n < kBlockOutputs; n += kVectors * kLanes) {
-        Floats sum[kRows][kVectors];
-        for (int r = 0; r < kRows; ++r) memcpy(sum[r], sums + r * kBlockOutputs + n, sizeof sum[r]);
+        Floats sum[kRows][kVectors] = {};
+        for (int r = 0; r < kRows && scales == nullptr; ++r) {
+            memcpy(sum[r], sums + r * kBlockOutputs + n, sizeof sum[r]);
+        }
         for (int64_t p = 0; p < pairs; ++p) {
             Floats even[kVectors], odd[kVectors];
             for (int v = 0; v < kVectors; ++v) {
@@ -155,6 +160,11 @@ void tile(const Staged* weight, int64_t pairs, const Unit* units, int64_t stride
                 const Floats unit = units[r * stride + 2 * p] - Floats{};
                 for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(unit, even[v], sum[r][v]);
             }
+        }
+        for (int r = 0; r < kRows && scales != nullptr; ++r) {
+            Floats before[kVectors];
+            memcpy(before, sums + r * kBlockOutputs + n, sizeof before);
+            for (int v = 0; v < kVectors; ++v) sum[r][v] = before[v] + sum[r][v] * *scales;
         }
         for (int r = 0; r < kRows; ++r) memcpy(sums + r * kBlockOutputs + n, sum[r], sizeof sum[r]);
     }

@@ -8,7 +8,9 @@ Dimensions:
     W: output features computed together, a block; a multiple of 32 (N where there is but one), at most 512
 
 The result is ``out[t, n] = (Σ_h code[t, h] * weight[n, h]) * scale[t] * weight_scale[n] + bias[n]``, the sum
-in fp32. docs/kernels/packed_fp8_linear.md says how, why so, and what the hardware has yet to confirm.
+in fp32. STATIC: rows are codes alone, ``scale`` is one for all. Block scales: one for each 128 x 128 of the
+weight; the sum over each 128 of H is scaled by itself before it joins the others.
+docs/kernels/packed_fp8_linear.md says how, why so, and what the hardware has yet to confirm.
 """
 
 try:
@@ -27,6 +29,8 @@ MAX_T = 32768
 """Most rows of one call."""
 MAX_H = 65536
 """Longest contraction."""
+MAX_H_BLOCKS = 32768
+"""Longest contraction with block scales."""
 
 OUT_DTYPES = {"bfloat16": nl.bfloat16, "float16": nl.float16, "float32": nl.float32}
 """Dtypes of the result, by name."""
@@ -50,46 +54,53 @@ TRANSPOSE_BANKS = 2  # of PSUM, for TensorE's transposes
 STAGES = 4, 16  # least and most pieces of rows on their way to TensorE ...
 STAGE_BYTES = 16384  # ... and how many bytes per partition are worth it
 RESULTS = 4  # tiles of results on their way out
+SCALED = 128  # input and output features that share a scale, where blocks have scales
+SHARE = 3  # with more than 32 rows each third sum is scaled by ScalarE and added by GpSimdE, not by VectorE
 SBUF_RESERVE = 2048  # bytes per partition for the tiles of one number per row
 
 
-def layout(out_features: int, in_features: int) -> tuple[int, int, int]:
-    """Return how a weight is laid out, a function of its shape alone.
+def layout(out_features: int, in_features: int, blocks: bool = False) -> tuple[int, int, int]:
+    """Return how a weight is laid out, a function of its shape and of the kind of its scales.
 
     Args:
         out_features: N.
         in_features: H.
+        blocks: it has block scales: chunks are then whole pairs of blocks of H, each on 64 partitions.
 
     Returns:
         ``(P, J, W)``: pairs of codes in a chunk, chunks, features in a block (fewer in the last one).
     """
     pairs = (in_features + 1) // 2
     chunks = (pairs + 127) // 128
-    widest = min(BLOCK_FEATURES, BLOCK_BYTES // (2 * chunks) // ALIGNMENT * ALIGNMENT)
+    step = SCALED if blocks else ALIGNMENT
+    widest = min(BLOCK_FEATURES, BLOCK_BYTES // (2 * chunks) // step * step)
     width = min(widest, out_features)
     if out_features >= BLOCK_FEATURES // 2:
         # The width that leaves the one of two programs that has more features the least; of these the widest.
         least = out_features
-        for narrower in range(0, max(0, widest - NARROW_BLOCK) + 1, ALIGNMENT):
+        for narrower in range(0, max(0, widest - NARROW_BLOCK) + 1, step):
             candidate = widest - narrower
-            blocks = (out_features + candidate - 1) // candidate
-            larger_half = (blocks + 1) // 2 * candidate
+            count = (out_features + candidate - 1) // candidate
+            larger_half = (count + 1) // 2 * candidate
             if larger_half < least:
                 width, least = candidate, larger_half
+    if blocks:
+        return min(pairs, 128), chunks, width
     return (pairs + chunks - 1) // chunks, chunks, width
 
 
-def prepacked_shape(out_features: int, in_features: int) -> tuple[int, int]:
+def prepacked_shape(out_features: int, in_features: int, blocks: bool = False) -> tuple[int, int]:
     """Return the shape of what :func:`prepack` returns for a weight ``[out_features, in_features]``."""
-    partitions, chunks, _ = layout(out_features, in_features)
+    partitions, chunks, _ = layout(out_features, in_features, blocks)
     return partitions, chunks * 2 * out_features
 
 
-def prepack(weight):
+def prepack(weight, blocks: bool = False):
     """Lay a weight out for :func:`packed_fp8_linear_kernel`; call it once, at load.
 
     Args:
         weight: ``[N, H]`` torch.uint8, the FP8 codes; any device.
+        blocks: whether it has block scales.
 
     Returns:
         ``[P, J * 2 * N]`` torch.uint8: block after block of W features, ``[J, 2, W]`` bytes on each
@@ -97,11 +108,11 @@ def prepack(weight):
         ``weight[n0 + k, 2 * (j * P + p) + i]`` is byte ``(j * 2 + i) * n + k`` of partition p.
     """
     out_features, in_features = weight.shape
-    partitions, chunks, width = layout(out_features, in_features)
+    partitions, chunks, width = layout(out_features, in_features, blocks)
     padded = weight.new_zeros((out_features, chunks * partitions * 2))
     padded[:, :in_features] = weight
     by_partition = padded.reshape(out_features, chunks, partitions, 2).permute(2, 1, 3, 0)
-    packed = weight.new_empty(prepacked_shape(out_features, in_features))
+    packed = weight.new_empty(prepacked_shape(out_features, in_features, blocks))
     for start in range(0, out_features, width):
         stop = min(start + width, out_features)
         block = by_partition[..., start:stop].reshape(partitions, -1)
@@ -117,19 +128,21 @@ def packed_fp8_linear_kernel(
     bias: nl.NkiTensor = None,
     out_dtype=nl.bfloat16,
     dtype_mode: DtypeMode = DtypeMode.NON_OCP,
+    static_scale: nl.NkiTensor = None,
 ) -> nl.NkiTensor:
     """Multiply packed rows by a prepacked FP8 weight.
 
     Runs without a grid or on a 1-D grid of programs, which share the output features.
 
     Args:
-        packed: ``[T, H + 4]`` uint8 or FP8, in HBM, 1 <= T <= 32768.
+        packed: ``[T, H + 4]`` uint8 or FP8, in HBM, 1 <= T <= 32768; ``[T, H]`` with a static scale.
         weight: ``[P, J * 2 * N]`` uint8, what :func:`prepack` made of ``[N, H]``.
-        weight_scale: ``[N]`` or ``[1]`` fp32.
+        weight_scale: ``[N]``, ``[1]`` or, of blocks of 128 x 128, ``[ceil(N / 128), ceil(H / 128)]`` fp32.
         bias: ``[N]`` bf16, fp16 or fp32.
         out_dtype: bfloat16, float16 or float32.
         dtype_mode: which FP8 codes and weight are: NON_OCP float8_e4m3 (Trainium2: ±240), OCP
             float8_e4m3fn (Trainium3).
+        static_scale: STATIC: ``[128, 1]`` fp32, the one scale on every partition. None: a scale for each row.
 
     Returns:
         ``[T, N]`` of out_dtype in shared HBM.
@@ -137,7 +150,8 @@ def packed_fp8_linear_kernel(
     Raises:
         AssertionError: an argument is outside its limits; the message names limit and value.
     """
-    return _packed_fp8_linear(packed, weight, weight_scale, bias, out_dtype, dtype_mode == DtypeMode.OCP)
+    ocp = dtype_mode == DtypeMode.OCP
+    return _packed_fp8_linear(packed, weight, weight_scale, bias, static_scale, out_dtype, ocp)
 
 
 @nki.jit
@@ -148,17 +162,19 @@ def packed_fp8_linear_bytes_kernel(
     bias: nl.NkiTensor = None,
     out_dtype: str = "bfloat16",
     ocp: bool = False,
+    static_scale: nl.NkiTensor = None,
     digest: int = 0,
 ) -> nl.NkiTensor:
     """:func:`packed_fp8_linear_kernel` as a PyTorch graph calls it: tensors, numbers and strings.
 
     Args:
-        packed: ``[T, H + 4]`` uint8.
+        packed: ``[T, H + 4]`` uint8; ``[T, H]`` with a static scale.
         weight: ``[P, J * 2 * N]`` uint8, prepacked.
-        weight_scale: ``[N]`` or ``[1]`` fp32.
+        weight_scale: ``[N]``, ``[1]`` or ``[ceil(N / 128), ceil(H / 128)]`` fp32.
         bias: ``[N]`` bf16, fp16 or fp32, or None.
         out_dtype: a key of :data:`OUT_DTYPES`.
         ocp: codes and weight are float8_e4m3fn (Trainium3) instead of float8_e4m3.
+        static_scale: ``[128, 1]`` fp32 is STATIC; None is a scale for each row.
         digest: :func:`.digest.digest`; not read, it makes a changed kernel another one for compile caches.
 
     Returns:
@@ -170,43 +186,62 @@ def packed_fp8_linear_bytes_kernel(
     assert out_dtype in OUT_DTYPES, (
         f"out_dtype: expected 'bfloat16', 'float16' or 'float32', got '{out_dtype}'"
     )
-    return _packed_fp8_linear(packed, weight, weight_scale, bias, OUT_DTYPES[out_dtype], ocp)
+    return _packed_fp8_linear(packed, weight, weight_scale, bias, static_scale, OUT_DTYPES[out_dtype], ocp)
 
 
-def _packed_fp8_linear(packed, weight, weight_scale, bias, out_dtype, ocp: bool):
-    rows, features, in_features = _check(packed, weight, weight_scale, bias)
+def _packed_fp8_linear(packed, weight, weight_scale, bias, static_scale, out_dtype, ocp: bool):
+    rows, features, in_features = _check(packed, weight, weight_scale, bias, static_scale)
     out = nl.ndarray((rows, features), dtype=out_dtype, buffer=nl.shared_hbm)
-    plan = _Plan(rows, in_features, features)
+    plan = _Plan(rows, in_features, features, len(weight_scale.shape) == 2)
     if plan.first_block < plan.last_block:
-        _multiply(plan, packed, weight, weight_scale, bias, out, fp8_dtype(ocp))
+        _multiply(plan, packed, weight, weight_scale, bias, static_scale, out, fp8_dtype(ocp))
     return out
 
 
-def _check(packed, weight, weight_scale, bias):
+def _check(packed, weight, weight_scale, bias, static_scale):
     """Assert the limits; return (T, N, H)."""
-    assert len(packed.shape) == 2, f"packed: expected shape [T, H + {SCALE_BYTES}], got {list(packed.shape)}"
-    rows, in_features = packed.shape[0], packed.shape[1] - SCALE_BYTES
+    tail = SCALE_BYTES if static_scale == None else 0
+    assert len(packed.shape) == 2, f"packed: expected shape [T, H + {tail}], got {list(packed.shape)}"
+    rows, in_features = packed.shape[0], packed.shape[1] - tail
+    blocks = len(weight_scale.shape) == 2
+    most = MAX_H_BLOCKS if blocks else MAX_H
     assert rows <= MAX_T, f"packed: expected T <= {MAX_T}, got {rows}"
-    assert in_features >= 1 and in_features <= MAX_H, f"packed: expected 1 <= H <= {MAX_H}, got {in_features}"
-    partitions, chunks, _ = layout(1, in_features)
+    assert in_features >= 1 and in_features <= most, f"packed: expected 1 <= H <= {most}, got {in_features}"
+    partitions, chunks, _ = layout(1, in_features, blocks)
     assert len(weight.shape) == 2 and weight.shape[0] == partitions and weight.shape[1] % (2 * chunks) == 0, (
         f"weight: expected the shape prepack() gives for H = {in_features}, "
         f"[{partitions}, {2 * chunks} * N], got {list(weight.shape)}"
     )
     assert weight.dtype == nl.uint8, f"weight: expected dtype uint8, got {weight.dtype}"
     features = weight.shape[1] // (2 * chunks)
-    assert tuple(weight_scale.shape) == (features,) or tuple(weight_scale.shape) == (1,), (
-        f"weight_scale: expected shape [{features}] or [1], got {list(weight_scale.shape)}"
-    )
+    if blocks:
+        expected = (_blocks(features), _blocks(in_features))
+        assert tuple(weight_scale.shape) == expected, (
+            f"weight_scale: expected shape {list(expected)}, got {list(weight_scale.shape)}"
+        )
+    else:
+        assert tuple(weight_scale.shape) == (features,) or tuple(weight_scale.shape) == (1,), (
+            f"weight_scale: expected shape [{features}] or [1], got {list(weight_scale.shape)}"
+        )
     assert weight_scale.dtype == nl.float32, f"weight_scale: expected dtype float32, got {weight_scale.dtype}"
     if bias != None:
         assert tuple(bias.shape) == (features,), f"bias: expected shape [{features}], got {list(bias.shape)}"
+    if static_scale != None:
+        assert tuple(static_scale.shape) == (nl.tile_size.pmax, 1) and static_scale.dtype == nl.float32, (
+            f"static_scale: expected shape [{nl.tile_size.pmax}, 1] of float32, got "
+            f"{list(static_scale.shape)} of {static_scale.dtype}"
+        )
     return rows, features, in_features
 
 
 def _aligned(n: int) -> int:
     """Round up to a multiple of ALIGNMENT."""
     return (n + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def _blocks(features: int) -> int:
+    """Return the blocks of features that have a scale of their own."""
+    return (features + SCALED - 1) // SCALED
 
 
 class _Plan(nl.NKIObject):
@@ -218,10 +253,17 @@ class _Plan(nl.NKIObject):
         columns: W rounded up, what a block of weight has in SBUF.
         first_block, last_block: this program's blocks of features, ``first_block <= block < last_block``.
         piece_chunks, pieces: a piece is piece_chunks of the J chunks (fewer in the last one).
-        pitch: columns a tile of rows has in SBUF, 128 or T rounded up.
+        pitch: columns a tile of rows has in SBUF on its way, tile_rows or T rounded up.
+        columns_of_rows: columns it has as an operand: the same, or 128 where blocks have scales.
         weight_buffers: blocks of weight in SBUF.
         resident: they are all of this program's: each is loaded once.
-        tiles, row_tiles: tiles of 128 rows, in all and in a row block, which shares a pass over the weight.
+        scaled: blocks have scales. Of a chunk the first 64 partitions hold one block of 128 input features,
+            the others the next. Both are multiplied at once, into results apart: a row is two columns of the
+            stationary operand, one with the codes of one block and zeros, one with those of the other.
+        groups: so many blocks are multiplied before their results are scaled, all at once: a row has so
+            many columns, and results so many partitions. 1 without block scales.
+        tile_rows: rows of a tile, 128 / groups.
+        tiles, row_tiles: tiles of rows, in all and in a row block, which shares a pass over the weight.
         few_rows: TensorE transposes them. Before that they are in SBUF, each row cut into parts: lines of
             line_chunks chunks, each on a partition of its own.
         stages: pieces of rows on their way.
@@ -229,17 +271,23 @@ class _Plan(nl.NKIObject):
         row_buffers: tiles of rows in SBUF: two row blocks where there is room, else one.
     """
 
-    def __init__(self, rows: int, in_features: int, features: int):
-        pmax = nl.tile_size.pmax
+    def __init__(self, rows: int, in_features: int, features: int, scaled: bool):
         self.rows = rows
         self.in_features = in_features
         self.features = features
-        self.partitions, self.chunks, self.width = layout(features, in_features)
+        self.scaled = scaled
+        self.groups = 1
+        if scaled:
+            self.groups = 4 if rows <= nl.tile_size.pmax // 4 else 2
+        pmax = nl.tile_size.pmax // self.groups
+        self.tile_rows = pmax
+        self.partitions, self.chunks, self.width = layout(features, in_features, scaled)
         self.columns = _aligned(self.width)
         blocks = (features + self.width - 1) // self.width
         self.first_block, self.last_block = share(blocks)
         self.tiles = (rows + pmax - 1) // pmax
         self.pitch = _aligned(min(rows, pmax))
+        self.columns_of_rows = nl.tile_size.pmax if scaled else self.pitch
         most = FEW_ROWS_PIECES if rows <= FEW_ROWS else PIECES
         pieces = max(1, min(most, self.chunks * 2 * self.width // PIECE_BYTES))
         self.piece_chunks = (self.chunks + pieces - 1) // pieces
@@ -252,22 +300,27 @@ class _Plan(nl.NKIObject):
         self.resident = self.weight_buffers == mine
         room = nl.tile_size.sbuf_fmax_bytes - SBUF_RESERVE - RESULTS * 4 * self.columns
         room -= self.weight_buffers * block_bytes
+        if scaled:
+            # Scales of blocks, once as they come and once by group; sums so far, and halves of them.
+            of_blocks = (self.width // SCALED + 2) * (_blocks(in_features) + self.groups)
+            room -= self.weight_buffers * 8 * of_blocks + (2 * RESULTS + 3) * 4 * self.columns
         piece_bytes = self.piece_chunks * 2 * self.pitch
-        tile_bytes = self.pieces * piece_bytes
+        tile_bytes = self.pieces * self.piece_chunks * 2 * self.columns_of_rows
 
         # On their way rows take a stage a piece, few rows one for all.
         self.parts = 1
         if in_features == self.chunks * self.partitions * 2:
             while (
-                min(rows, pmax) * self.parts * 2 <= pmax
+                min(rows, pmax) * self.parts * 2 <= nl.tile_size.pmax
                 and self.chunks % (self.parts * 2) == 0
                 and in_features >= self.parts * 2 * LINE_BYTES
             ):
                 self.parts *= 2
         self.line_chunks = self.chunks // self.parts
         self.stages = min(2, self.tiles)
-        spent = self.stages * (self.line_chunks * self.partitions * 2 + tile_bytes)
-        self.few_rows = DEINTERLEAVE and rows <= FEW_ROWS and spent + tile_bytes <= room
+        staged = self.pieces * piece_bytes
+        spent = self.stages * (self.line_chunks * self.partitions * 2 + staged)
+        self.few_rows = (DEINTERLEAVE or scaled) and rows <= FEW_ROWS and spent + tile_bytes <= room
         if self.few_rows:
             room -= spent
         else:
@@ -277,7 +330,7 @@ class _Plan(nl.NKIObject):
             while self.stages > 1 and room - self.stages * piece_bytes < tile_bytes:
                 self.stages -= 1
             room -= self.stages * piece_bytes
-        self.stacked = pmax // rows if rows == pmax // 2 or rows == pmax // 4 else 1
+        self.stacked = nl.tile_size.pmax // rows if rows == 64 or rows == 32 else 1
         fitting = room // tile_bytes
         if self.tiles <= min(fitting, ROW_TILES):
             self.row_tiles, self.row_buffers = self.tiles, self.tiles
@@ -289,8 +342,7 @@ class _Plan(nl.NKIObject):
 
     def rows_of(self, tile: int):
         """Return rows ``start, stop`` of a tile."""
-        pmax = nl.tile_size.pmax
-        return tile * pmax, min((tile + 1) * pmax, self.rows)
+        return tile * self.tile_rows, min((tile + 1) * self.tile_rows, self.rows)
 
     def features_of(self, block: int):
         """Return features ``start, stop`` of a block."""
@@ -312,7 +364,7 @@ class _Weights(nl.NKIObject):
     Args:
         plan: the call's.
         weight: ``[P, J * 2 * N]`` uint8 in HBM.
-        weight_scale: ``[N]`` or ``[1]`` fp32 in HBM.
+        weight_scale: ``[N]``, ``[1]`` or ``[ceil(N / 128), ceil(H / 128)]`` fp32 in HBM.
         bias: ``[N]`` in HBM, or None.
         fp8: what the codes are.
     """
@@ -324,9 +376,13 @@ class _Weights(nl.NKIObject):
         self.bias_source = bias
         self.fp8 = fp8
         self.pieces, self.scales, self.biases = [], [], []
-        self.one_scale = None
+        self.one_scale, self.scale_rows = None, []
         partitions = min(plan.rows, nl.tile_size.pmax)
-        if weight_scale.size == 1:
+        most = (plan.width - 1) // SCALED + 2 if plan.width % SCALED > 0 else plan.width // SCALED
+        steps = (_blocks(plan.in_features) + plan.groups - 1) // plan.groups
+        if plan.scaled:
+            pass
+        elif weight_scale.size == 1:
             self.one_scale = nl.ndarray((partitions, 1), dtype=nl.float32, buffer=nl.sbuf)
         for _ in range(plan.weight_buffers):
             pieces = []
@@ -335,7 +391,13 @@ class _Weights(nl.NKIObject):
                 shape = (plan.partitions, (stop - start) * 2 * plan.columns)
                 pieces.append(nl.ndarray(shape, dtype=nl.uint8, buffer=nl.sbuf))
             self.pieces.append(pieces)
-            if self.one_scale == None:
+            if plan.scaled:
+                row, by_group = (1, most, steps * plan.groups), (nl.tile_size.pmax, most, steps)
+                self.scale_rows.append(nl.ndarray(row, dtype=nl.float32, buffer=nl.sbuf))
+                self.scales.append(nl.ndarray(by_group, dtype=nl.float32, buffer=nl.sbuf))
+                if _blocks(plan.in_features) < steps * plan.groups:
+                    nisa.memset(self.scale_rows[-1], 0, engine=nisa.engine.gpsimd)
+            elif self.one_scale == None:
                 self.scales.append(nl.ndarray((partitions, plan.width), dtype=nl.float32, buffer=nl.sbuf))
             if bias != None:
                 self.biases.append(nl.ndarray((partitions, plan.width), dtype=bias.dtype, buffer=nl.sbuf))
@@ -361,12 +423,39 @@ class _Weights(nl.NKIObject):
         """Copy the scales and the bias of a block's features to every partition."""
         first, last = self.plan.features_of(block)
         turn = block % self.plan.weight_buffers
-        if self.one_scale == None:
+        if self.plan.scaled:
+            self._load_block_scales(block)
+        elif self.one_scale == None:
             copy_to_partitions(self.scales[turn][:, 0 : last - first], self.scale_source, first)
         elif block == self.plan.first_block:
             copy_to_partitions(self.one_scale, self.scale_source, 0)
         if self.bias_source != None:
             copy_to_partitions(self.biases[turn][:, 0 : last - first], self.bias_source, first)
+
+    def _load_block_scales(self, block: int):
+        """Copy block scales, ``[blocks of N, blocks of H]``, to the partitions whose results they scale.
+
+        They come to the first partition; VectorE copies every groups-th of a row to a group's partitions.
+        """
+        first, last = self.plan.features_of(block)
+        begin, end = first // SCALED, _blocks(last)
+        turn, groups = block % self.plan.weight_buffers, self.plan.groups
+        row, scales = self.scale_rows[turn], self.scales[turn]
+        width = self.scale_source.shape[1]
+        source = self.scale_source.reshape((1, self.scale_source.shape[0], width))
+        nisa.dma_copy(dst=row[:, 0 : end - begin, 0:width], src=source[:, begin:end, :])
+        by_group = row.reshape_dim(2, (row.shape[2] // groups, groups))
+        for start in range(0, nl.tile_size.pmax, 32):
+            nisa.nc_stream_shuffle(
+                dst=scales[start : start + 32, 0 : end - begin, :],
+                src=by_group[:, 0 : end - begin, :, start // self.plan.tile_rows],
+                shuffle_mask=[0] * 32,
+            )
+
+    def of_step(self, block: int, feature: int, step: int):
+        """Return the scales of the results of a step, ``[128, 1]`` fp32, at an output feature of a block."""
+        row = feature // SCALED - self.plan.features_of(block)[0] // SCALED
+        return self.scales[block % self.plan.weight_buffers][:, row, step : step + 1]
 
     def moving(self, block: int, piece: int):
         """Return a piece as operands of matmuls, ``[P, chunks, 2, n]`` FP8."""
@@ -397,14 +486,16 @@ class _Rows(nl.NKIObject):
 
     Args:
         plan: the call's.
-        packed: ``[T, H + 4]`` in HBM.
+        packed: ``[T, H + 4]`` in HBM; ``[T, H]`` with a static scale.
+        static_scale: ``[128, 1]`` fp32 in HBM, or None.
         fp8: what the codes are.
     """
 
-    def __init__(self, plan: _Plan, packed, fp8):
+    def __init__(self, plan: _Plan, packed, static_scale, fp8):
         pmax = nl.tile_size.pmax
         self.plan = plan
         self.source = packed
+        self.static_source = static_scale
         self.fp8 = fp8
         self.pieces, self.scales, self.stages, self.loaded, self.banks = [], [], [], [], []
         self.turn = 0
@@ -412,8 +503,10 @@ class _Rows(nl.NKIObject):
             pieces = []
             for piece in range(plan.pieces):
                 start, stop = plan.chunks_of(piece)
-                apart = (plan.partitions, stop - start, 2, plan.pitch)
+                apart = (plan.partitions, stop - start, 2, plan.columns_of_rows)
                 pieces.append(nl.ndarray(apart, dtype=nl.uint8, buffer=nl.sbuf))
+                if plan.scaled:  # zeros in the columns of other groups, for good
+                    nisa.memset(pieces[-1].view(nl.float32), 0, engine=nisa.engine.gpsimd)
             self.pieces.append(pieces)
             self.scales.append(nl.ndarray((pmax, 1), dtype=nl.float32, buffer=nl.sbuf))
         staged = plan.chunks if plan.few_rows else plan.piece_chunks
@@ -437,7 +530,14 @@ class _Rows(nl.NKIObject):
             self.load_piece(tile, piece)
 
     def load_scales(self, tile: int):
-        """Load the last four bytes of each row, its scale; a byte copy needs no alignment."""
+        """Load the last four bytes of each row, its scale; a byte copy needs no alignment.
+
+        A static scale is loaded once for each buffer.
+        """
+        if self.static_source != None:
+            if tile < self.plan.row_buffers:
+                nisa.dma_copy(dst=self.scales[tile], src=self.static_source)
+            return
         start, stop = self.plan.rows_of(tile)
         width = self.plan.in_features
         nisa.dma_copy(
@@ -493,7 +593,7 @@ class _Rows(nl.NKIObject):
         first, last = self.plan.chunks_of(piece)
         if self.plan.few_rows:
             stage = self.stages[tile % self.plan.stages][:, first:last, :]
-        elif DEINTERLEAVE:
+        elif DEINTERLEAVE or self.plan.scaled:
             stage = self.stages[self.turn % self.plan.stages]
         else:
             stage = self._interleaved(tile, piece)
@@ -541,6 +641,9 @@ class _Rows(nl.NKIObject):
 
         GpSimdE and ScalarE take turns: neither has anything else to do.
         """
+        if self.plan.scaled:
+            self._take_blocks_apart(tile, piece, stage, chunk, rows)
+            return
         if not DEINTERLEAVE:
             return
         partitions, chunks = stage.shape[0], stage.shape[1]
@@ -559,12 +662,33 @@ class _Rows(nl.NKIObject):
                 engine=engine,
             )
 
+    def _take_blocks_apart(self, tile: int, piece: int, stage, chunk: int, rows: int):
+        """The same where blocks have scales: each half of the partitions to the columns of its group."""
+        plan = self.plan
+        partitions, chunks = stage.shape[0], stage.shape[1]
+        codes = self.pieces[tile % plan.row_buffers][piece]
+        halves = stage.view(nl.uint8).reshape_dim(2, (plan.pitch, 2)).permute((0, 1, 3, 2))
+        together = plan.groups // 2  # chunks whose groups differ
+        for half in range(2):
+            first, last = half * 64, min(half * 64 + 64, partitions)
+            for begin in range(min(together, chunks)):
+                if first < last:
+                    group = (plan.chunks_of(piece)[0] + chunk + begin) % together * 2 + half
+                    column = group * plan.tile_rows
+                    nisa.tensor_copy(
+                        dst=codes[
+                            first:last, chunk + begin : chunk + chunks : together, :, column : column + rows
+                        ],
+                        src=halves[first:last, begin:chunks:together, :, 0:rows],
+                        engine=nisa.engine.gpsimd if (self.turn + half) % 2 == 0 else nisa.engine.scalar,
+                    )
+
     def stationary(self, tile: int, piece: int, chunk: int):
         """Return an operand of matmuls, ``[used, 2, rows]`` FP8: a chunk, counted in the piece, of a tile."""
         start, stop = self.plan.rows_of(tile)
         used = self.plan.pairs_in(self.plan.chunks_of(piece)[0] + chunk)
-        if DEINTERLEAVE:
-            rows = max(stop - start, LEAST_ROWS)
+        if DEINTERLEAVE or self.plan.scaled:
+            rows = self.plan.columns_of_rows if self.plan.scaled else max(stop - start, LEAST_ROWS)
             codes = self.pieces[tile % self.plan.row_buffers][piece]
             return codes.view(self.fp8)[0:used, chunk, :, 0:rows]
         rows = stop - start
@@ -582,9 +706,9 @@ class _Rows(nl.NKIObject):
         return self.scales[tile % self.plan.row_buffers][0 : stop - start, :]
 
 
-def _multiply(plan: _Plan, packed, weight, weight_scale, bias, out, fp8):
+def _multiply(plan: _Plan, packed, weight, weight_scale, bias, static_scale, out, fp8):
     """Compute this program's blocks of features of ``out [T, N]``."""
-    rows = _Rows(plan, packed, fp8)
+    rows = _Rows(plan, packed, static_scale, fp8)
     weights = _Weights(plan, weight, weight_scale, bias, fp8)
     banks = []
     for _ in range(nl.tile_size.psum_num_banks - len(rows.banks)):
@@ -601,6 +725,7 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, out, fp8):
             weights.load_scales(plan.first_block)
         rows.load_piece(0, piece)
     outputs = _Outputs(plan, out, rows, weights)
+    sums = _Sums(plan, banks)
     turn = 0
     for first in range(0, plan.tiles, plan.row_tiles):
         last = min(first + plan.row_tiles, plan.tiles)
@@ -611,9 +736,12 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, out, fp8):
             if not loaded:
                 weights.load(block)
             for tile in range(first, last):
-                bank = banks[turn % len(banks)]
-                _contract(plan, bank, rows, weights, tile, block)
-                outputs.put(bank, tile, block)
+                if plan.scaled:
+                    outputs.put(sums.contract(rows, weights, tile, block), tile, block)
+                else:
+                    bank = banks[turn % len(banks)]
+                    _contract(plan, bank, rows, weights, tile, block)
+                    outputs.put(bank, tile, block)
                 turn += 1
 
 
@@ -631,6 +759,118 @@ def _contract(plan: _Plan, bank, rows: _Rows, weights: _Weights, tile: int, bloc
                 accumulate=start + chunk > 0,
                 perf_mode=nisa.matmul_perf_mode.double_row,
             )
+
+
+class _Sums(nl.NKIObject):
+    """Sums where blocks have scales: of 128 input features each in PSUM, scaled and added up in SBUF.
+
+    A step is as many chunks as fill the groups. Its results are ``[128, n]``, group after group of rows on
+    the partitions, and so are their sums, which come together at the end. With more than 32 rows VectorE is
+    what all wait for, so ScalarE and GpSimdE do each SHARE-th step, into sums of their own.
+
+    Args:
+        plan: the call's.
+        banks: of PSUM.
+    """
+
+    def __init__(self, plan: _Plan, banks):
+        self.plan = plan
+        self.banks = banks
+        self.totals, self.others, self.scaled, self.halves = [], [], [], []
+        self.turn, self.results = 0, 0
+        self.shared = plan.groups == 2 and plan.chunks >= SHARE
+        if plan.scaled:
+            shape = (nl.tile_size.pmax, plan.width)
+            for _ in range(RESULTS):
+                self.totals.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
+                if self.shared:
+                    self.others.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
+            for _ in range(2):
+                if self.shared:
+                    self.scaled.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
+            self.halves.append(nl.ndarray((shape[0] // 2, plan.width), dtype=nl.float32, buffer=nl.sbuf))
+
+    def contract(self, rows: _Rows, weights: _Weights, tile: int, block: int):
+        """Return the scaled sums of a tile's rows, ``[rows, n]`` fp32 in SBUF (on more partitions)."""
+        plan = self.plan
+        first, last = plan.features_of(block)
+        total = self.totals[self.results % RESULTS][:, 0 : last - first]
+        other = None
+        if self.shared:
+            other = self.others[self.results % RESULTS][:, 0 : last - first]
+        self.results += 1
+        together = plan.groups // 2
+        for piece in range(plan.pieces):
+            start, stop = plan.chunks_of(piece)
+            moving = weights.moving(block, piece)
+            for chunk in range(start, stop):
+                bank = self.banks[self.turn % len(self.banks)][:, 0 : last - first]
+                stationary = rows.stationary(tile, piece, chunk - start)
+                nisa.nc_matmul(
+                    dst=bank,
+                    stationary=stationary,
+                    moving=moving[0 : stationary.shape[0], chunk - start, :, :],
+                    accumulate=chunk % together > 0,
+                    perf_mode=nisa.matmul_perf_mode.double_row,
+                )
+                if chunk % together == together - 1 or chunk == plan.chunks - 1:
+                    step = chunk // together
+                    if self.shared and step % SHARE == SHARE - 1:
+                        self._add_elsewhere(other, bank, weights, block, step)
+                    else:
+                        self._add(total, bank, weights, block, step)
+                    self.turn += 1
+        if self.shared:
+            nisa.tensor_tensor(dst=total, data1=total, data2=other, op=nl.add, engine=nisa.engine.gpsimd)
+        self._fold(total)
+        return total
+
+    def _add(self, total, bank, weights: _Weights, block: int, step: int):
+        """``total += bank * scale``; the first step writes."""
+        for run in self._runs(block):
+            part, results = total[:, run[0] : run[1]], bank[:, run[0] : run[1]]
+            scale = weights.of_step(block, run[2], step)
+            if step == 0:
+                nisa.tensor_scalar(dst=part, data=results, op0=nl.multiply, operand0=scale)
+            else:
+                nisa.scalar_tensor_tensor(
+                    dst=part, data=results, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=part
+                )
+
+    def _add_elsewhere(self, other, bank, weights: _Weights, block: int, step: int):
+        """The same by ScalarE, which multiplies, and GpSimdE, which adds but cannot read PSUM."""
+        scaled = other
+        if step >= SHARE:
+            scaled = self.scaled[step // SHARE % len(self.scaled)][:, 0 : other.shape[1]]
+        for run in self._runs(block):
+            nisa.activation(
+                dst=scaled[:, run[0] : run[1]],
+                op=nl.copy,
+                data=bank[:, run[0] : run[1]],
+                scale=weights.of_step(block, run[2], step),
+            )
+        if step >= SHARE:
+            nisa.tensor_tensor(dst=other, data1=other, data2=scaled, op=nl.add, engine=nisa.engine.gpsimd)
+
+    def _runs(self, block: int):
+        """Return a block's features that share scales, as (start, stop) in the block and the first of N."""
+        first, last = self.plan.features_of(block)
+        runs = []
+        for scaled in range(first // SCALED, _blocks(last)):
+            start, stop = max(first, scaled * SCALED), min(last, scaled * SCALED + SCALED)
+            runs.append((start - first, stop - first, start))
+        return runs
+
+    def _fold(self, total):
+        """Add the groups up, the upper half of the partitions onto the lower one."""
+        half = nl.tile_size.pmax // 2
+        upper = self.halves[0][:, 0 : total.shape[1]]
+        while half >= self.plan.tile_rows:
+            nisa.tensor_copy(dst=upper[0:half, :], src=total[half : 2 * half, :], engine=nisa.engine.scalar)
+            nisa.tensor_tensor(
+                dst=total[0:half, :], data1=total[0:half, :], data2=upper[0:half, :], op=nl.add
+            )
+            half = half // 2
 
 
 class _Outputs(nl.NKIObject):
@@ -654,7 +894,10 @@ class _Outputs(nl.NKIObject):
         self.blocks = 0  # that lie in the tile whose turn it is
 
     def put(self, bank, tile: int, block: int):
-        """Scale a tile's product with a block; store it, or with the next blocks' where these fill a tile."""
+        """Scale a tile's product with a block; store it, or with the next blocks' where these fill a tile.
+
+        The product is in PSUM, or in SBUF with the scales of the weight's blocks in it already.
+        """
         start, stop = self.plan.rows_of(tile)
         first, last = self.plan.features_of(block)
         count, n = stop - start, last - first
@@ -674,7 +917,9 @@ class _Outputs(nl.NKIObject):
         """``rounded = psum * row scale * weight scale [+ bias]``."""
         count = psum.shape[0]
         scaled = rounded if self.weights.bias_source == None else psum  # fp32, in place
-        if self.weights.one_scale == None:
+        if self.plan.scaled:
+            nisa.tensor_scalar(dst=scaled, data=psum, op0=nl.multiply, operand0=self.rows.scale(tile))
+        elif self.weights.one_scale == None:
             nisa.scalar_tensor_tensor(
                 dst=scaled,
                 data=psum,

@@ -215,6 +215,7 @@ def _by_operator(nki_op: Any, wrap: Any) -> Launch:
         bias: Tensor | None,
         out_dtype: str,
         ocp: bool,
+        static_scale: Tensor | None,
         digest: int,
         cores: int,
     ) -> Tensor:
@@ -227,6 +228,7 @@ def _by_operator(nki_op: Any, wrap: Any) -> Launch:
             bias=bias,
             out_dtype=out_dtype,
             ocp=ocp,
+            static_scale=static_scale,
             digest=digest,
         )
 
@@ -234,7 +236,7 @@ def _by_operator(nki_op: Any, wrap: Any) -> Launch:
         "rms_norm_quant": (rms_norm_quant, ("weight", "static_scale")),
         "add_rms_norm_quant": (add_rms_norm_quant, ("weight", "static_scale")),
         "silu_mul_quant": (silu_mul_quant, ("static_scale",)),
-        "packed_fp8_linear": (packed_fp8_linear, ("bias",)),
+        "packed_fp8_linear": (packed_fp8_linear, ("bias", "static_scale")),
     }
 
     def launch(name: str, arguments: dict[str, Any]) -> Any:

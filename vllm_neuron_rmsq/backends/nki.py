@@ -238,7 +238,7 @@ class Kernels:
                 "weight: expected FP8 codes within ±240, all that Trainium2's float8_e4m3 has; halve the "
                 "codes and double the scale first"
             )
-        return source.prepack(weight)
+        return source.prepack(weight, blocks)
 
     def packed_fp8_linear(
         self,
@@ -253,10 +253,10 @@ class Kernels:
         """See :class:`~vllm_neuron_rmsq.backends.base.Functions`."""
         from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 
-        if weight_scale.dim() == 2:
-            raise ValueError("weight_scale: the NKI kernel takes no block scales")
-        if static_scale is not None:
-            packed = fmt.pack(packed, static_scale.reshape(1).expand(packed.shape[:-1]))
+        width = packed.shape[-1] - (fmt.SCALE_BYTES if static_scale is None else 0)
+        most = source.MAX_H if weight_scale.dim() == 1 else source.MAX_H_BLOCKS
+        if width > most:
+            raise ValueError(f"packed: expected H <= {most} (the NKI kernel's limit), got {width}")
         arguments: dict[str, Any] = {
             "weight": weight,
             "weight_scale": weight_scale,
@@ -265,6 +265,8 @@ class Kernels:
         }
         if bias is not None:
             arguments["bias"] = bias
+        if static_scale is not None:
+            arguments["static_scale"] = _on_every_partition(static_scale)
         rows = packed.reshape(-1, packed.shape[-1])
         out = [
             self._launch("packed_fp8_linear", {"packed": rows[start:stop].contiguous()} | arguments)
@@ -289,7 +291,7 @@ def prepacked_shape(out_features: int, in_features: int, blocks: bool) -> tuple[
     """Return the shape of a prepacked weight."""
     from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
 
-    return source.prepacked_shape(out_features, in_features)
+    return source.prepacked_shape(out_features, in_features, blocks)
 
 
 def _traced() -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import oracle
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_neuron_rmsq import ops
+from vllm_neuron_rmsq import ops, reference
 from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.kernels.nki import common
 from vllm_neuron_rmsq.kernels.nki import packed_fp8_linear as source
@@ -41,13 +42,15 @@ def fp8(rows: int, width: int) -> torch.Tensor:
     return values.clamp(-240, 240).to(torch.float8_e4m3fn)
 
 
+def block_scales(features: int, width: int) -> torch.Tensor:
+    return torch.rand(-(-features // 128), -(-width // 128)) * 0.1
+
+
 def assert_product(out, codes, scale, weight, weight_scale, bias) -> None:
     """``out`` within its rounding, and fp32 accumulation, of the float64 product."""
-    factor = scale.double().reshape(-1, 1) * weight_scale.double()
-    exact = codes.double() @ weight.double().t() * factor
-    accumulated = (codes.double().abs() @ weight.double().abs().t()) * factor
-    if bias is not None:
-        exact, accumulated = exact + bias.double(), accumulated + bias.double().abs()
+    exact, accumulated = oracle.packed_fp8_linear(
+        codes.view(torch.uint8), scale.reshape(-1, 1), weight.view(torch.uint8), weight_scale, bias
+    )
     error = (out.cpu().double() - exact).abs()
     assert (error <= ROUNDING[out.dtype] * exact.abs() + 2.0**-18 * accumulated).all()
 
@@ -88,6 +91,94 @@ def test_kernel_computes_the_product(backend, monkeypatch, rows, width, features
             )
             assert out.shape == (rows, features)
             assert_product(out, codes, scale, weight, weight_scale, bias)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "features"),
+    [
+        (1, 64, 5),
+        (1, 576, 300),  # four blocks of H at a time, and one left
+        (32, 1536, 576),
+        (33, 700, 130),  # two at a time, a last one of 60
+        (7, 577, 960),
+        (130, 2050, 70),
+        (64, 256, 1300),  # results of two blocks of features leave together
+        (200, 130, 33),
+    ],
+)
+@pytest.mark.parametrize("static", [False, True])
+def test_kernel_scales_the_sums_of_blocks(backend, monkeypatch, rows, width, features, static):
+    torch.manual_seed(rows + width + features)
+    if backend == "nki-sim":
+        monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "2" if static else "1")
+    codes, weight, weight_scale = fp8(rows, width), fp8(features, width), block_scales(features, width)
+    scale = torch.full((1,), 0.3) if static else torch.rand(rows) * 0.01
+    packed = codes.view(torch.uint8) if static else fmt.pack(codes, scale)
+    for bias in (None, torch.randn(features).bfloat16()):
+        out = ops.packed_fp8_linear(
+            place(packed, backend),
+            place(weight, backend),
+            place(weight_scale, backend),
+            bias=place(bias, backend),
+            static_scale=place(scale, backend) if static else None,
+            out_dtype=torch.float32 if static else torch.bfloat16,
+            backend=backend,
+        )
+        assert out.shape == (rows, features)
+        assert_product(out, codes, scale, weight, weight_scale, bias)
+
+
+@pytest.mark.parametrize(("rows", "width", "features"), [(1, 576, 960), (129, 577, 130), (300, 1024, 70)])
+def test_static_codes_give_what_rows_with_that_scale_give(backend, rows, width, features):
+    codes, weight, scale = fp8(rows, width), fp8(features, width), torch.tensor([0.07])
+    for weight_scale in (torch.rand(features), torch.rand(1), block_scales(features, width)):
+        prepacked = ops.prepack_fp8_weight(place(weight, backend), place(weight_scale, backend), backend)
+        out = [
+            ops.packed_fp8_linear(
+                place(rows_or_codes, backend),
+                prepacked,
+                place(weight_scale, backend),
+                static_scale=place(static_scale, backend),
+            )
+            for rows_or_codes, static_scale in (
+                (fmt.pack(codes, scale.expand(rows)), None),
+                (codes.view(torch.uint8), scale),
+            )
+        ]
+        assert torch.equal(*out)
+
+
+@given(
+    rows=st.integers(1, 140),
+    width=st.integers(1, 700),
+    features=st.integers(1, 300),
+    seed=st.integers(0, 99),
+    static=st.booleans(),
+    blocks=st.booleans(),
+    bias_dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
+    out_dtype=st.sampled_from(list(ROUNDING)),
+    lost=st.booleans(),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_shape_and_scale(rows, width, features, seed, static, blocks, bias_dtype, out_dtype, lost):
+    torch.manual_seed(seed)
+    codes, weight = fp8(rows, width), fp8(features, width)
+    weight_scale = block_scales(features, width) if blocks else torch.rand(features) * 0.1
+    bias = None if bias_dtype is None else torch.randn(features).to(bias_dtype)
+    scale = torch.full((1,), 0.003) if static else torch.rand(rows) * 0.01
+    packed = codes.view(torch.uint8).clone() if static else fmt.pack(codes, scale)
+    if lost:
+        packed[rows // 2] = fmt.NAN_CODE  # invalid in either form
+    out = ops.packed_fp8_linear(
+        packed, weight, weight_scale, bias=bias, static_scale=scale if static else None,
+        out_dtype=out_dtype, backend="nki-sim",
+    )  # fmt: skip
+    if lost:
+        assert out[rows // 2].isnan().all()
+        out[rows // 2] = reference.packed_fp8_linear(
+            fmt.pack(codes, scale.expand(rows)), weight, weight_scale, bias=bias, out_dtype=out_dtype
+        )[rows // 2]
+    assert_product(out, codes, scale, weight, weight_scale, bias)
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -163,6 +254,31 @@ def test_the_entry_for_graphs_takes_plain_arguments(dtype, ocp, monkeypatch):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("ocp", [False, True])
+def test_the_entry_for_graphs_takes_static_codes_and_block_scales(ocp, monkeypatch):
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn3" if ocp else "trn2")
+    codes, weight, scale = fp8(9, 300), fp8(20, 300), torch.full((128, 1), 0.5)
+    arguments = codes.view(torch.uint8), prepack(weight.view(torch.uint8), True), block_scales(20, 300)
+    got = simulate(packed_fp8_linear_bytes_kernel)(
+        *arguments, out_dtype="float32", ocp=ocp, static_scale=scale, digest=digest()
+    )
+    mode = source.DtypeMode.OCP if ocp else source.DtypeMode.NON_OCP
+    want = simulate(packed_fp8_linear_kernel)(
+        *arguments, out_dtype=source.OUT_DTYPES["float32"], dtype_mode=mode, static_scale=scale
+    )
+    assert torch.equal(got, want)
+    assert_product(got, codes, scale[:1], weight, arguments[2], None)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 32768), (70, 32768)])
+def test_longest_contractions_with_block_scales_fit(rows, width):
+    codes, weight, scale = fp8(rows, width), fp8(100, width), torch.rand(rows) * 0.01
+    weight_scale, bias = block_scales(100, width), torch.randn(100)
+    arguments = fmt.pack(codes, scale), prepack(weight.view(torch.uint8), True), weight_scale, bias
+    out = simulate(packed_fp8_linear_bytes_kernel, 2)(*arguments, "float32")
+    assert_product(out, codes, scale, weight, weight_scale, bias)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 577), (70, 300), (129, 258), (5, 1)])
 def test_pairs_side_by_side_give_the_same(monkeypatch, rows, width):
     """The stationary operand as the transpose leaves it: a constant, until hardware has spoken."""
@@ -207,9 +323,10 @@ def test_longest_contractions_fit(rows, width):
     assert_product(out, codes, scale, weight, weight_scale, bias)
 
 
-@given(st.integers(1, 3000), st.integers(1, 20000))
-def test_layout_fits_the_hardware(features, width):
-    partitions, chunks, block = layout(features, width)
+@given(st.integers(1, 3000), st.integers(1, 20000), st.booleans())
+def test_layout_fits_the_hardware(features, width, blocks):
+    partitions, chunks, block = layout(features, width, blocks)
+    assert not blocks or partitions == 128 or chunks == 1, "blocks of H are on 64 partitions each"
     pairs = -(-width // 2)
     assert partitions <= 128
     assert (chunks - 1) * partitions < pairs <= chunks * partitions
@@ -218,12 +335,12 @@ def test_layout_fits_the_hardware(features, width):
     assert block % 32 == 0 or block == features
 
 
-@given(st.integers(1, 700), st.integers(1, 600), st.randoms(use_true_random=False))
-def test_prepack_puts_every_code_where_it_says(features, width, random):
+@given(st.integers(1, 700), st.integers(1, 600), st.booleans(), st.randoms(use_true_random=False))
+def test_prepack_puts_every_code_where_it_says(features, width, blocks, random):
     weight = torch.randint(0, 256, (features, width), dtype=torch.uint8)
-    packed = prepack(weight)
-    partitions, chunks, block = layout(features, width)
-    assert packed.shape == source.prepacked_shape(features, width)
+    packed = prepack(weight, blocks)
+    partitions, chunks, block = layout(features, width, blocks)
+    assert packed.shape == source.prepacked_shape(features, width, blocks)
     for _ in range(50):
         n, h = random.randrange(features), random.randrange(width)
         j, p, i = h // 2 // partitions, h // 2 % partitions, h % 2
@@ -266,6 +383,18 @@ def test_scheduled_time(rows, width, features, us):
         ({"weight": torch.zeros(32, 20, dtype=torch.int8)}, "weight: expected dtype uint8, got int8"),
         ({"weight_scale": torch.ones(9)}, r"weight_scale: expected shape \[10\] or \[1\], got \[9\]"),
         ({"weight_scale": torch.ones(10).half()}, "weight_scale: expected dtype float32, got float16"),
+        ({"weight_scale": torch.ones(2, 1)}, r"weight_scale: expected shape \[1, 1\], got \[2, 1\]"),
+        (
+            {
+                "packed": torch.zeros(1, 32773, dtype=torch.uint8),
+                "weight_scale": torch.ones(1, 257),
+            },
+            "packed: expected 1 <= H <= 32768, got 32769",
+        ),
+        (
+            {"packed": torch.zeros(1, 64, dtype=torch.uint8), "static_scale": torch.ones(1)},
+            r"static_scale: expected shape \[128, 1\] of float32, got \[1\] of float32",
+        ),
         ({"bias": torch.ones(9)}, r"bias: expected shape \[10\], got \[9\]"),
         ({"out_dtype": "int8"}, "out_dtype: expected 'bfloat16', 'float16' or 'float32', got 'int8'"),
     ],
