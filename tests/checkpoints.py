@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def write_llama(folder: Path, *, tied: bool = False, shards: int = 1, seed: int = 0, **config) -> Path:
@@ -36,6 +36,12 @@ def write_llama(folder: Path, *, tied: bool = False, shards: int = 1, seed: int 
 def load(folder: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a checkpoint directory."""
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def edit(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
+    """Replace, add or (``None``) remove tensors of a checkpoint of one file."""
+    tensors = load(folder) | change
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
 
 
 def is_linear(name: str) -> bool:

@@ -8,30 +8,26 @@ checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_neuron_rmsq import __version__
 from vllm_neuron_rmsq.checkpoint import calibration, folder, gguf, plan
 from vllm_neuron_rmsq.checkpoint.appearing import Partial, appearing
 from vllm_neuron_rmsq.checkpoint.files import Tensor, Writer, opened, unreadable, write_json
-from vllm_neuron_rmsq.checkpoint.stream import Layer, Worker
+from vllm_neuron_rmsq.checkpoint.stream import Layer, Progress, Worker, every_core
 from vllm_neuron_rmsq.target import Target, get
 
 FLUSH_BYTES = 64 << 20
 """Written at most before the disk is told to begin: at the end there is little left to wait for."""
-
-Progress = Callable[[int, int, str], None]
-"""Called as ``progress(done, total, what)``: tensors, and the one just done."""
 
 
 @dataclass
@@ -236,27 +232,19 @@ class _Conversion:
     ) -> None:
         self._partial = partial
         self._progress = progress
-        self._stop = threading.Event()
+        self._cleanup = contextlib.ExitStack()
+        self._files = self._cleanup.enter_context(contextlib.ExitStack())  # closed last
+        self._disk = self._cleanup.enter_context(ThreadPoolExecutor(1))
+        self._pool, stop = self._cleanup.enter_context(every_core())
         self._workers = threading.local()
-        self._make_worker = lambda: Worker(target, scales, self._stop)
-        self._threads_before = torch.get_num_threads()
-        # A core computes one tensor; torch is not to split it among all of them once more.
-        self._pool = ThreadPoolExecutor(
-            len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._disk = ThreadPoolExecutor(1)
-        self._writers: list[Writer] = []
+        self._make_worker = lambda: Worker(target, scales, stop)
 
     def __enter__(self) -> _Conversion:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for pool in (self._pool, self._disk):
-            pool.shutdown(cancel_futures=True)
-        for writer in self._writers:
-            writer.close()
-        torch.set_num_threads(self._threads_before)
+        self._disk.shutdown(wait=False, cancel_futures=True)
+        self._cleanup.close()
 
     def run(self, what: plan.Plan, report: Report) -> None:
         """Write every shard that is not finished, and fill in the report."""
@@ -274,7 +262,7 @@ class _Conversion:
                 continue
             outputs = [described for step in steps for described in step.outputs()]
             writer = Writer(self._partial.path / shard, outputs)
-            self._writers.append(writer)
+            self._files.callback(writer.close)
             futures = {self._pool.submit(self._carry_out, step, writer): step for step in steps}
             for future in as_completed(futures):
                 future.result()

@@ -260,24 +260,22 @@ def _from_fp8(
 ) -> Plan:
     plan = Plan()
     before = config.get("quantization_config") or config.get("compression_config") or {}
-    size = before.get("weight_block_size") if isinstance(before, dict) else None
     consumed: set[str] = set()
     refits: dict[str, Refit] = {}
     for tensor in everything.values():
         if not tensor.dtype.startswith("F8_E4M3"):
             continue
         module = tensor.name.removesuffix(".weight")
-        names = [module + suffix for suffix in (".weight_scale", ".weight_scale_inv")]
-        scales = [everything[scale] for scale in names if scale in everything]
-        if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2 or tensor.name == module or not scales:
+        scale = scale_of_weight(tensor, everything)
+        if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2 or tensor.name == module or scale is None:
             raise ValueError(
                 f"{name}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}; expected F8_E4M3 [N, H], "
-                f"named .weight, and {names[0]} beside it"
+                f"named .weight, and {module}.weight_scale beside it"
             )
         static = everything.get(f"{module}.input_scale")
-        block = _block(name, tensor, scales[0], size)
-        refits[tensor.name] = Refit(module, tensor, scales[0], block, static)
-        consumed |= {scales[0].name} | ({static.name} if static else set())
+        block = blocks_of(tensor, scale, config)
+        refits[tensor.name] = Refit(module, tensor, scale, block, static)
+        consumed |= {scale.name} | ({static.name} if static else set())
         plan.quantized.append(module)
     statics = {refit.input_scale is not None for refit in refits.values()}
     if len(statics) > 1:
@@ -420,19 +418,38 @@ def _all_or_none(name: str, plan: Plan, everything: dict[str, Tensor]) -> None:
             )
 
 
-def _block(name: str, weight: Tensor, scale: Tensor, size: Any) -> tuple[int, int] | None:
-    """Return rows and columns that share a scale; ``None`` where it is one a channel or one in all."""
-    rows, columns = weight.shape
-    if math.prod(scale.shape) == 1 or tuple(scale.shape) in ((rows,), (rows, 1)):
+def scale_of_weight(weight: Tensor, everything: dict[str, Tensor]) -> Tensor | None:
+    """Return the scales that belong to an FP8 weight, or ``None`` where there are none."""
+    for suffix in ("_scale", "_scale_inv"):
+        if weight.name + suffix in everything:
+            return everything[weight.name + suffix]
+    return None
+
+
+def blocks_of(weight: Tensor, scale: Tensor, config: dict[str, Any]) -> tuple[int, int] | None:
+    """Return rows and columns that share a scale; ``None`` where it is one a channel or one in all.
+
+    Args:
+        weight: ``[N, H]`` or ``[experts, N, H]``.
+        scale: its scales.
+        config: ``config.json``, which may give a block's size; it is 128 x 128 otherwise.
+
+    Raises:
+        ValueError: the scales have a shape that fits none.
+    """
+    *experts, rows, columns = weight.shape
+    if math.prod(scale.shape) in (1, math.prod(experts) * rows):
         return None
+    about = config.get("quantization_config")
+    size = about.get("weight_block_size") if isinstance(about, dict) else None
     block = (128, 128)
     if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
         block = (size[0], size[1])
-    expected = (-(-rows // block[0]), -(-columns // block[1]))
-    if tuple(scale.shape) != expected:
+    expected = [*experts, -(-rows // block[0]), -(-columns // block[1])]
+    if list(scale.shape) != expected:
         raise ValueError(
-            f"{name}: {scale.name} is {list(scale.shape)}; expected [1], [{rows}], [{rows}, 1] or, for "
-            f"blocks of {block[0]} x {block[1]}, {list(expected)}"
+            f"{scale.name}: is {list(scale.shape)}; expected [1], [{rows}], [{rows}, 1] or, for "
+            f"blocks of {block[0]} x {block[1]}, {expected}"
         )
     return block
 

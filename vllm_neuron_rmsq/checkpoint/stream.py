@@ -7,9 +7,12 @@ Dimensions:
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +26,9 @@ from vllm_neuron_rmsq.target import TRN3, Target
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of a weight at a time: what is computed of them stays within a core's second-level cache."""
+
+Progress = Callable[[int, int, str], None]
+"""Called as ``progress(done, total, what)``: tensors, and the one just done."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,64 @@ class Stopped(Exception):
     """The run is over: another thread has failed, or the user has had enough."""
 
 
+@contextlib.contextmanager
+def every_core() -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
+    """Yield threads, one a core, on each of which torch uses that core alone; and what to set to stop them.
+
+    They are stopped when the block ends, however it does.
+    """
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+    stop = threading.Event()
+    try:
+        yield pool, stop
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+class Reader:
+    """Reads tensors some rows at a time, in one thread.
+
+    Args:
+        stop: set when the run is over.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+        self.block = Block(BLOCK_ELEMENTS * 2)
+
+    def values(self, tensor: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first row's number and the values, fp32, of some rows each."""
+        rows, width = tensor.shape
+        element = tensor.nbytes // max(rows * width, 1)
+        row = 0
+        for part in self.parts(tensor, _rows_at_a_time(width) * width * element):
+            values = self.block.rows(part, tensor.dtype, width).to(torch.float32, copy=True)
+            yield row, values
+            row += values.shape[0]
+
+    def codes(self, tensor: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first row's number and the codes, uint8, of some rows each, through all experts."""
+        width = tensor.shape[-1]
+        row = 0
+        for part in self.parts(tensor, _rows_at_a_time(width) * width):
+            codes = self.block.tensor[:part].view(-1, width)
+            yield row, codes
+            row += codes.shape[0]
+
+    def parts(self, tensor: Tensor, size: int) -> Iterator[int]:
+        """Fill ``block`` with ``size`` bytes after another; yield how many."""
+        if size > len(self.block.memory):  # a single row is longer
+            self.block = Block(size)
+        for part in tensor.blocks(self.block, size):
+            if self.stop.is_set():
+                raise Stopped
+            yield part
+
+
 class Worker:
     """What one thread needs to carry out steps.
 
@@ -67,8 +131,7 @@ class Worker:
     def __init__(self, target: Target, input_scales: dict[str, float], stop: threading.Event) -> None:
         self.target = target
         self.input_scales = input_scales
-        self.stop = stop
-        self._block = Block(BLOCK_ELEMENTS * 2)
+        self._reader = Reader(stop)
         self._codes = Block(BLOCK_ELEMENTS)
 
     def carry_out(self, step: Step, writer: Writer) -> Layer | None:
@@ -94,16 +157,16 @@ class Worker:
         tensor = step.source
         size = BLOCK_ELEMENTS * 2
         start = 0
-        for part in self._parts(tensor, size):
+        for part in self._reader.parts(tensor, size):
             if tensor.dtype in FLOATS:
-                numbers = self._block.tensor[:part].view(TORCH_DTYPES[tensor.dtype])
+                numbers = self._reader.block.tensor[:part].view(TORCH_DTYPES[tensor.dtype])
                 _check_finite(numbers.to(torch.float32, copy=True).abs_().amax(), tensor)
-            writer.write(tensor.name, self._block.memory[:part], start)
+            writer.write(tensor.name, self._reader.block.memory[:part], start)
             start += part
 
     def _quantize_per_channel(self, step: Quantize, writer: Writer) -> Layer:
         scales, error = [], Error()
-        for row, values in self._rows(step.source):
+        for row, values in self._reader.values(step.source):
             largest = values.abs().amax(dim=1, keepdim=True)
             _check_finite(largest.amax(), step.source)
             scale = weights.scale_of(largest, self.target)
@@ -113,11 +176,11 @@ class Worker:
         return self._finish(step, error, writer)
 
     def _quantize_per_tensor(self, step: Quantize, writer: Writer) -> Layer:
-        largest = torch.stack([values.abs_().amax() for _, values in self._rows(step.source)]).amax()
+        largest = torch.stack([values.abs_().amax() for _, values in self._reader.values(step.source)]).amax()
         _check_finite(largest, step.source)
         scale = weights.scale_of(largest, self.target).view(1)
         error = Error()
-        for row, values in self._rows(step.source):
+        for row, values in self._reader.values(step.source):
             self._encode(step.module, row, values, scale, error, writer)
         _write_scale(writer, f"{step.module}.weight_scale", scale)
         return self._finish(step, error, writer)
@@ -138,24 +201,28 @@ class Worker:
         rows, width = step.source.shape
         error = Error()
         new_scales = []
-        halved = False
-        if step.block is None:
-            channels = scale.view(-1, 1).expand(rows, 1)
-            halved = any(largest > self.target.max_code for _, _, largest in self._codes_of(step.source))
-        for row, codes, _ in self._codes_of(step.source):
+        largest = 0
+        for row, codes in self._reader.codes(step.source):
+            magnitudes = codes & 0x7F
+            largest = max(largest, int(magnitudes.amax()))
+            lost = magnitudes.bool() & (scale_of_rows(scale, step.source.shape, step.block, row, codes) == 0)
+            if largest == NAN_CODE or lost.any():
+                what = "NaN" if largest == NAN_CODE else "weights whose scale is zero"
+                raise ValueError(f"{_where(step.source)} holds {what}; the checkpoint is broken")
+        halved = largest > self.target.max_code and step.block is None
+        for row, codes in self._reader.codes(step.source):
+            old = scale_of_rows(scale, step.source.shape, step.block, row, codes)
             if step.block is not None:
-                values = weights.decode(codes).mul_(_of_blocks(scale, step.block, row, codes.shape))
+                values = weights.decode(codes).mul_(old)
                 new = weights.scale_of(values.abs().amax(dim=1, keepdim=True), self.target)
                 self._encode(step.module, row, values, new, error, writer)
             else:
-                new = channels[row : row + codes.shape[0]]
-                fitted = codes
+                new, fitted = old, codes
                 if halved:
-                    fitted, new = weights.halve(codes, new)
-                    before, after = weights.decode(codes), weights.decode(fitted).mul_(2)
-                    error.add(before.mul_(new), after.mul_(new))
+                    fitted, new = weights.halve(codes, old)
+                    error.add(weights.decode(codes).mul_(old), weights.decode(fitted).mul_(new))
                 self._write_codes(step.module, row, fitted, writer)
-            new_scales.append(new)
+            new_scales.append(new.expand(codes.shape[0], 1))
         _write_scale(writer, f"{step.module}.weight_scale", torch.cat(new_scales))
         if step.input_scale is not None:
             # What clipped at 448 is to clip at R now.
@@ -184,36 +251,6 @@ class Worker:
         self._codes.tensor[:size].copy_(codes.reshape(-1))
         writer.write(f"{module}.weight", self._codes.memory[:size], row * codes.shape[1])
 
-    def _rows(self, tensor: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the first row's number and the values, fp32, of some rows each."""
-        rows, width = tensor.shape
-        element = tensor.nbytes // max(rows * width, 1)
-        row = 0
-        for part in self._parts(tensor, _rows_at_a_time(width) * width * element):
-            values = self._block.rows(part, tensor.dtype, width).to(torch.float32, copy=True)
-            yield row, values
-            row += values.shape[0]
-
-    def _codes_of(self, tensor: Tensor) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """Yield the first row's number, the codes, uint8, and the largest, sign aside, of some rows each."""
-        _, width = tensor.shape
-        row = 0
-        for part in self._parts(tensor, _rows_at_a_time(width) * width):
-            codes = self._block.tensor[:part].view(-1, width)
-            largest = int((codes & 0x7F).amax())
-            if largest == NAN_CODE:
-                raise ValueError(f"{_where(tensor)} holds NaN; the checkpoint is broken")
-            yield row, codes, largest
-            row += codes.shape[0]
-
-    def _parts(self, tensor: Tensor, size: int) -> Iterator[int]:
-        if size > len(self._block.memory):  # a single row is longer
-            self._block = Block(size)
-        for part in tensor.blocks(self._block, size):
-            if self.stop.is_set():
-                raise Stopped
-            yield part
-
 
 class Error:
     """Sums the squares of a weight and of its difference from another."""
@@ -235,10 +272,29 @@ def _rows_at_a_time(width: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(width, 1))
 
 
-def _of_blocks(scale: torch.Tensor, block: tuple[int, int], row: int, shape: torch.Size) -> torch.Tensor:
-    """Return the scale of every element of some rows, from one a block."""
-    rows = torch.arange(row, row + shape[0]).div_(block[0], rounding_mode="floor")
-    return scale[rows].repeat_interleave(block[1], dim=1)[:, : shape[1]]
+def scale_of_rows(
+    scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int] | None, row: int, codes: torch.Tensor
+) -> torch.Tensor:
+    """Return what to multiply some rows of codes by.
+
+    Args:
+        scale: all scales of the weight.
+        shape: the weight's, ``[N, H]`` or ``[experts, N, H]``.
+        block: rows and columns that share a scale, or ``None``.
+        row: number of the first of the rows, counted through all experts.
+        codes: the rows, ``[rows, H]``.
+
+    Returns:
+        ``[rows, H]`` for blocks, else ``[rows, 1]`` or ``[1, 1]``.
+    """
+    if block is None:
+        column = scale.view(-1, 1)
+        return column if len(column) == 1 else column[row : row + codes.shape[0]]
+    numbers = torch.arange(row, row + codes.shape[0])
+    expert, within = numbers // shape[-2], numbers % shape[-2]
+    lines = scale.view(-1, scale.shape[-1])
+    of_rows = lines[expert * (len(lines) // math.prod(shape[:-2])) + within // block[0]]
+    return of_rows.repeat_interleave(block[1], dim=1)[:, : shape[-1]]
 
 
 def _check_finite(largest: torch.Tensor, tensor: Tensor) -> None:

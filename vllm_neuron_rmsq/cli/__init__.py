@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_neuron_rmsq import __version__
-from vllm_neuron_rmsq.cli.errors import CommandError, shown_without_trace
+from vllm_neuron_rmsq.cli.errors import NO, CommandError, shown_without_trace
 from vllm_neuron_rmsq.target import TARGETS, TRN2
 
 console = Console()
@@ -120,6 +120,43 @@ def quantize(
         typer.echo(as_json(made))
     else:
         show(made, console)
+
+
+@app.command(
+    epilog="Exit status: 0 whole and sound, 1 not whole, or broken scales or codes, 2 wrong use or bad input."
+)
+def inspect(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint directory with safetensors, or one .safetensors file.")
+    ],
+    target: Annotated[Target, typer.Option(help="Range to compare codes with: ±240 or ±448.")] = Target[
+        TRN2.name
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the codes of every FP8 weight (.png); needs matplotlib.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what is in a checkpoint: how its linears are quantized, what ±240 does to them, what is broken.
+
+    All files' headers are read, then FP8 weights and scales, some rows at a time: memory stays under 500 MB.
+    """
+    with _progress() as progress, shown_without_trace():
+        from vllm_neuron_rmsq import checkpoint as checkpoints
+        from vllm_neuron_rmsq.cli.inspect import as_json, draw, show
+        from vllm_neuron_rmsq.measure import results
+
+        if plot is not None:
+            results.figure_of(1, 1)
+        found = checkpoints.inspect(checkpoint, target, _teller(progress, "Reading"))
+        if plot is not None:
+            draw(found, plot)
+    if json:
+        typer.echo(as_json(found))
+    else:
+        show(found, console)
+    if not found.sound:
+        raise typer.Exit(NO)
 
 
 @app.command()
