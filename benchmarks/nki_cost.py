@@ -24,6 +24,7 @@ from vllm_neuron_rmsq.kernels.nki.packed_fp8_linear import packed_fp8_linear_byt
 from vllm_neuron_rmsq.kernels.nki.rms_norm_quant import rms_norm_quant_bytes_kernel
 from vllm_neuron_rmsq.kernels.nki.silu_mul_quant import silu_mul_quant_bytes_kernel
 from vllm_neuron_rmsq.kernels.nki.simulator import CostReport, cost, hardware
+from vllm_neuron_rmsq.weights import block_scale_shape
 
 LNC = 2
 
@@ -51,15 +52,24 @@ def norm(rows: int, width: int, residual: bool = False, goal: tuple[float, float
     return Case("rms_norm_quant", f"[{rows}, {width}]" + (" + residual" if residual else ""), run, goal)
 
 
-def linear(rows: int, width: int, features: int, goal: float | None = None) -> Case:
-    """Packed rows of `width` codes times a weight of `features`."""
+def linear(
+    rows: int, width: int, features: int, goal: float | None = None, scheme: str = "per-channel"
+) -> Case:
+    """Rows of `width` codes times a weight of `features`.
+
+    scheme: "per-channel" and "block" (of 128 x 128) are the weight's scales, with packed rows; "static" is
+    per-channel with codes of one given scale.
+    """
+    blocks, static = scheme == "block", scheme == "static"
 
     def run() -> CostReport:
-        packed = torch.zeros((rows, width + 4), dtype=torch.uint8)
-        weight = torch.zeros(prepacked_shape(features, width), dtype=torch.uint8)
-        return cost(packed_fp8_linear_bytes_kernel, LNC)(packed, weight, torch.ones(features))
+        packed = torch.zeros((rows, width + (0 if static else 4)), dtype=torch.uint8)
+        weight = torch.zeros(prepacked_shape(features, width, blocks), dtype=torch.uint8)
+        scale = torch.ones(block_scale_shape(features, width) if blocks else features)
+        static_scale = torch.ones((128, 1)) if static else None
+        return cost(packed_fp8_linear_bytes_kernel, LNC)(packed, weight, scale, static_scale=static_scale)
 
-    shape = f"[{rows}, {width}] x {features}"
+    shape = f"[{rows}, {width}] x {features}" + (f", {scheme}" if scheme != "per-channel" else "")
     return Case("packed_fp8_linear", shape, run, None if goal is None else (goal, goal))
 
 
@@ -95,6 +105,14 @@ CASES = [
     linear(32, 8192, 7168),
     linear(64, 8192, 1280),
     linear(512, 8192, 1280),
+    linear(1, 8192, 1280, scheme="static"),
+    linear(2048, 8192, 1280, scheme="static"),
+    linear(1, 8192, 1280, scheme="block"),
+    linear(1, 8192, 7168, scheme="block"),
+    linear(64, 8192, 1280, scheme="block"),
+    linear(64, 4096, 28672, scheme="block"),
+    linear(512, 8192, 1280, scheme="block"),
+    linear(2048, 8192, 1280, scheme="block"),
     silu(2048, 14336, goal=1.5 * dma_us(2048 * (5 * 14336 + 4))),  # 1.5 times its DMA roof
     silu(2048, 3584),
     silu(1, 14336),

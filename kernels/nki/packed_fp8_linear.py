@@ -303,7 +303,7 @@ class _Plan(nl.NKIObject):
         if scaled:
             # Scales of blocks, once as they come and once by group; sums so far, and halves of them.
             of_blocks = (self.width // SCALED + 2) * (_blocks(in_features) + self.groups)
-            room -= self.weight_buffers * 8 * of_blocks + (2 * RESULTS + 3) * 4 * self.columns
+            room -= self.weight_buffers * 8 * of_blocks + (3 * RESULTS + 3) * 4 * self.columns
         piece_bytes = self.piece_chunks * 2 * self.pitch
         tile_bytes = self.pieces * self.piece_chunks * 2 * self.columns_of_rows
 
@@ -727,6 +727,7 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, static_scale, out
     outputs = _Outputs(plan, out, rows, weights)
     sums = _Sums(plan, banks)
     turn = 0
+    waiting = []
     for first in range(0, plan.tiles, plan.row_tiles):
         last = min(first + plan.row_tiles, plan.tiles)
         for tile in range(max(first, 1), last):
@@ -737,12 +738,19 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, static_scale, out
                 weights.load(block)
             for tile in range(first, last):
                 if plan.scaled:
-                    outputs.put(sums.contract(rows, weights, tile, block), tile, block)
+                    # Folded one turn late, when VectorE need not wait for what the others add to it.
+                    waiting.append((sums.contract(rows, weights, tile, block), tile, block))
+                    if len(waiting) > 1:
+                        ready = waiting.pop(0)
+                        outputs.put(sums.fold(ready[0]), ready[1], ready[2])
                 else:
                     bank = banks[turn % len(banks)]
                     _contract(plan, bank, rows, weights, tile, block)
                     outputs.put(bank, tile, block)
                 turn += 1
+        for ready in waiting:
+            outputs.put(sums.fold(ready[0]), ready[1], ready[2])
+        waiting = []
 
 
 def _contract(plan: _Plan, bank, rows: _Rows, weights: _Weights, tile: int, block: int):
@@ -766,7 +774,8 @@ class _Sums(nl.NKIObject):
 
     A step is as many chunks as fill the groups. Its results are ``[128, n]``, group after group of rows on
     the partitions, and so are their sums, which come together at the end. With more than 32 rows VectorE is
-    what all wait for, so ScalarE and GpSimdE do each SHARE-th step, into sums of their own.
+    what all wait for, so ScalarE and GpSimdE do each SHARE-th step, into sums of their own. An addition waits
+    for the one before into the same sum: where blocks are narrow VectorE has two sums, in turns.
 
     Args:
         plan: the call's.
@@ -776,30 +785,31 @@ class _Sums(nl.NKIObject):
     def __init__(self, plan: _Plan, banks):
         self.plan = plan
         self.banks = banks
-        self.totals, self.others, self.scaled, self.halves = [], [], [], []
+        self.sums, self.scaled, self.halves = [], [], []
         self.turn, self.results = 0, 0
         self.shared = plan.groups == 2 and plan.chunks >= SHARE
+        self.chains = 1 if plan.width > 2 * SCALED else 2
         if plan.scaled:
             shape = (nl.tile_size.pmax, plan.width)
             for _ in range(RESULTS):
-                self.totals.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
-                if self.shared:
-                    self.others.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
+                sums = []
+                for _ in range(self.chains + (1 if self.shared else 0)):
+                    sums.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
+                self.sums.append(sums)
             for _ in range(2):
                 if self.shared:
                     self.scaled.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
             self.halves.append(nl.ndarray((shape[0] // 2, plan.width), dtype=nl.float32, buffer=nl.sbuf))
 
     def contract(self, rows: _Rows, weights: _Weights, tile: int, block: int):
-        """Return the scaled sums of a tile's rows, ``[rows, n]`` fp32 in SBUF (on more partitions)."""
+        """Return scaled sums of a tile's rows, ``[128, n]`` fp32 in SBUF each, for :meth:`fold` to add up."""
         plan = self.plan
         first, last = plan.features_of(block)
-        total = self.totals[self.results % RESULTS][:, 0 : last - first]
-        other = None
-        if self.shared:
-            other = self.others[self.results % RESULTS][:, 0 : last - first]
+        sums = []
+        for one in self.sums[self.results % RESULTS]:
+            sums.append(one[:, 0 : last - first])
         self.results += 1
-        together = plan.groups // 2
+        together, by_vector = plan.groups // 2, 0
         for piece in range(plan.pieces):
             start, stop = plan.chunks_of(piece)
             moving = weights.moving(block, piece)
@@ -816,21 +826,22 @@ class _Sums(nl.NKIObject):
                 if chunk % together == together - 1 or chunk == plan.chunks - 1:
                     step = chunk // together
                     if self.shared and step % SHARE == SHARE - 1:
-                        self._add_elsewhere(other, bank, weights, block, step)
+                        self._add_elsewhere(sums[-1], bank, weights, block, step)
                     else:
-                        self._add(total, bank, weights, block, step)
+                        total = sums[by_vector % self.chains]
+                        self._add(total, bank, weights, block, step, by_vector < self.chains)
+                        by_vector += 1
                     self.turn += 1
-        if self.shared:
-            nisa.tensor_tensor(dst=total, data1=total, data2=other, op=nl.add, engine=nisa.engine.gpsimd)
-        self._fold(total)
-        return total
+        if by_vector < self.chains:
+            return sums[0:1]
+        return sums
 
-    def _add(self, total, bank, weights: _Weights, block: int, step: int):
-        """``total += bank * scale``; the first step writes."""
+    def _add(self, total, bank, weights: _Weights, block: int, step: int, first: bool):
+        """``total += bank * scale``; the first time writes."""
         for run in self._runs(block):
             part, results = total[:, run[0] : run[1]], bank[:, run[0] : run[1]]
             scale = weights.of_step(block, run[2], step)
-            if step == 0:
+            if first:
                 nisa.tensor_scalar(dst=part, data=results, op0=nl.multiply, operand0=scale)
             else:
                 nisa.scalar_tensor_tensor(
@@ -861,8 +872,11 @@ class _Sums(nl.NKIObject):
             runs.append((start - first, stop - first, start))
         return runs
 
-    def _fold(self, total):
-        """Add the groups up, the upper half of the partitions onto the lower one."""
+    def fold(self, sums):
+        """Return the sum of sums and groups, ``[rows, n]`` (on more partitions)."""
+        total = sums[0]
+        for other in sums[1:]:
+            nisa.tensor_tensor(dst=total, data1=total, data2=other, op=nl.add, engine=nisa.engine.gpsimd)
         half = nl.tile_size.pmax // 2
         upper = self.halves[0][:, 0 : total.shape[1]]
         while half >= self.plan.tile_rows:
@@ -871,6 +885,7 @@ class _Sums(nl.NKIObject):
                 dst=total[0:half, :], data1=total[0:half, :], data2=upper[0:half, :], op=nl.add
             )
             half = half // 2
+        return total
 
 
 class _Outputs(nl.NKIObject):
