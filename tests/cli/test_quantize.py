@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import signal
+import json
 import subprocess
 import sys
-import textwrap
 import zipfile
-from pathlib import Path
 
 import pytest
 from checkpoints import is_linear, load, write_llama
 from typer.testing import CliRunner
 
 import vllm_neuron_rmsq
-from vllm_neuron_rmsq.checkpoint import convert
 from vllm_neuron_rmsq.cli import app, smollm2
 from vllm_neuron_rmsq.cli.errors import CommandError
-
-
-def stopped_half_way(source: Path, out: Path, signal_number: int) -> int:
-    """Run the command in a process that sends itself a signal when half of the tensors are done."""
-    program = f"""
-        import os, pathlib, sys
-        from vllm_neuron_rmsq import checkpoint
-        import vllm_neuron_rmsq.cli as cli
-        original = checkpoint.convert
-
-        def convert(source, out, target, progress, **options):
-            def tell(done, total, name):
-                if done == total // 2:
-                    os.kill(os.getpid(), {signal_number})
-            return original(source, out, target, tell, **options)
-
-        checkpoint.convert = convert
-        sys.argv = ["vllm-neuron-rmsq", "quantize", {str(source)!r}, {str(out)!r}]
-        cli.main()
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=False)
-    return done.returncode
-
-
-@pytest.mark.engine
-def test_terminated_half_way_leaves_nothing(tmp_path):
-    source = write_llama(tmp_path / "bf16", shards=3)
-    assert stopped_half_way(source, tmp_path / "fp8", signal.SIGTERM) == 143
-    assert [p.name for p in tmp_path.iterdir()] == ["bf16"]
-
-
-@pytest.mark.engine
-def test_killed_half_way_leaves_no_checkpoint(tmp_path):
-    """What nobody can clean up after: the directory is not there, so nothing can mistake it for complete."""
-    source = write_llama(tmp_path / "bf16", shards=3)
-    assert stopped_half_way(source, tmp_path / "fp8", signal.SIGKILL) == -signal.SIGKILL
-    assert not (tmp_path / "fp8").exists()
-    assert len(convert(source, tmp_path / "fp8").layers) == 14
 
 
 def test_smollm2_of_a_damaged_package(tmp_path):
@@ -93,6 +52,28 @@ def test_command_line_shows_errors_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == f"error: {missing}: is not there; expected a checkpoint directory or a .gguf file\n"
+
+
+def test_report_and_json(tmp_path):
+    source, out = write_llama(tmp_path / "bf16 [old]"), tmp_path / "fp8 [new]"
+    arguments = ["quantize", str(source), str(out), "--report", str(tmp_path / "report.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert f"{out}: 14 linears in FP8 for trn2" in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["layers"]) == 14
+    assert all(0.01 < layer["error"] < 0.05 for layer in report["layers"])
+    again = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "again"), "--json"])
+    assert json.loads(again.output)["layers"] == report["layers"]
+
+
+def test_without_torch(tmp_path):
+    program = "import sys; sys.modules['torch'] = None; from vllm_neuron_rmsq.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "quantize", "a", "b"], capture_output=True, text=True, check=False
+    )
+    message = "the package torch is not installed; install vLLM, which brings torch, in this environment"
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
 
 
 def test_version():

@@ -75,14 +75,15 @@ def appearing(out: Path, job: Any) -> Iterator[Partial]:
     """
     path = out.parent / f".{out.name}.partial"
     with _errors_of(out), contextlib.ExitStack() as cleanup:
-        complete = os.path.lexists(out) and (path / REPORT).is_file() and not (path / CHECKPOINT).exists()
+        # A run may be killed after the folder has got its name and before its own remains are gone.
+        complete = os.path.lexists(out) and (path / LOCK).is_file() and not (path / CHECKPOINT).exists()
         if not complete:
             _refuse_existing(out)
         _lock(path, out, cleanup)
         report = _read(path / REPORT) if complete and _read(path / JOB) == job else None
-        if complete and report is None:
+        if report is None:
             _refuse_existing(out)
-        if report is not None:
+        else:
             yield Partial(path, False, report)
             return
         cleared = _begin(path, job)
@@ -115,23 +116,37 @@ def _lock(path: Path, out: Path, cleanup: contextlib.ExitStack) -> None:
         raise ValueError(
             f"{out}: another process is making it, in {path}; wait for it or choose another name"
         )
-    cleanup.callback(shutil.rmtree, path, ignore_errors=True)
+    cleanup.callback(_remove, path)
 
 
 def _begin(path: Path, job: Any) -> bool:
     """Make ready for a job; return whether something of another one had to be removed."""
     if _read(path / JOB) == job:
         return False
+    left = _clear(path)
+    (path / SHARDS).mkdir()
+    (path / CHECKPOINT).mkdir()
+    _write(path / JOB, job)
+    return left
+
+
+def _clear(path: Path) -> bool:
+    """Remove all but the lock; return whether there was something."""
     left = [child for child in path.iterdir() if child.name != LOCK]
     for child in left:
         if child.is_dir():
             shutil.rmtree(child)
         else:
             child.unlink()
-    (path / SHARDS).mkdir()
-    (path / CHECKPOINT).mkdir()
-    _write(path / JOB, job)
     return bool(left)
+
+
+def _remove(path: Path) -> None:
+    """Remove it all, the lock, which tells that it is ours, at last."""
+    with contextlib.suppress(OSError):
+        _clear(path)
+        (path / LOCK).unlink()
+        path.rmdir()
 
 
 def _publish(path: Path, out: Path) -> None:

@@ -93,10 +93,10 @@ def survey(source: Path) -> Survey:
         ValueError: there are no such files, or the index is no index.
     """
     index = source / INDEX
-    if index.is_file():
+    if os.path.lexists(index):
         weight_map = _weight_map(index)
         names = sorted(set(weight_map.values()))
-    elif (source / WEIGHTS).is_file():
+    elif os.path.lexists(source / WEIGHTS):
         weight_map, names = {}, [WEIGHTS]
     else:
         raise ValueError(
