@@ -17,8 +17,20 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+
+MINIMUM_SETUPTOOLS = 77
+"""The first that knows what pyproject.toml says: an older one ends in pages about it."""
+
+if int(setuptools.__version__.split(".")[0]) < MINIMUM_SETUPTOOLS:
+    sys.exit(
+        f"error: setuptools >= {MINIMUM_SETUPTOOLS} is needed to build vllm-neuron-rmsq, this is "
+        f"{setuptools.__version__}: pip install -U setuptools"
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402 - older ones have none
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 SOURCES = Path("vllm_neuron_rmsq/kernels/cpu")
 KERNELS = ("rms_norm_quant.cpp", "packed_fp8_linear.cpp", "silu_mul_quant.cpp")
@@ -145,4 +157,21 @@ class BuildKernels(build_ext):
                     self.copy_file(str(built.with_suffix(suffix)), str(inplace.with_suffix(suffix)))
 
 
-setup(ext_modules=[Extension("vllm_neuron_rmsq._cpu_kernels", [])], cmdclass={"build_ext": BuildKernels})
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        """The library needs torch's stable interface and nothing of Python's: one wheel for every version.
+
+        Without the library there is nothing of a machine in the wheel, and it may be installed on any.
+        """
+        library = Path(
+            self.get_finalized_command("build_ext").get_ext_fullpath("vllm_neuron_rmsq._cpu_kernels")
+        )
+        built = library.exists()
+        self.root_is_pure = not built
+        return ("py3", "none", super().get_tag()[2] if built else "any")
+
+
+setup(
+    ext_modules=[Extension("vllm_neuron_rmsq._cpu_kernels", [])],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+)
