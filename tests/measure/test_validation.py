@@ -58,12 +58,18 @@ def test_what_is_beyond_a_bound_is_said():
     assert [failure.split(",")[0] for failure in found.failures] == [
         "trn2: perplexity against bf16 1.051",
         "trn2: top-1 agreement 0.75",
-        "trn2: perplexity against trn3 1.025",
     ]
     assert not found.passed
     assert measured(trn2=[Scores([-1.0, -2.0, -3.0, -4.0], [1, 2, 3, 4])]).passed
+    worse = measured(
+        trn2=[Scores([-1.1, -2.1, -3.1, -4.1], [1, 2, 3, 4])],
+        trn3=[Scores([-1.0, -2.0, -3.0, -4.0], [1, 2, 3, 4])],
+    )
+    assert worse.cost_of_trn2() == pytest.approx((2.718281828**0.1, 0))
+    assert worse.failures[-1].startswith("trn2: perplexity against trn3 1.105 ± ")
+    assert worse.failures[-1].endswith(", expected at most 1.01")
     nan = measured(trn2=[Scores([float("nan")] * 4, [1, 2, 3, 4])])
-    assert {"trn2: perplexity against bf16 nan", "trn2: perplexity against trn3 nan"} <= {
+    assert {"trn2: perplexity against bf16 nan", "trn2: perplexity against trn3 nan ± nan"} <= {
         failure.split(",")[0] for failure in nan.failures
     }
 

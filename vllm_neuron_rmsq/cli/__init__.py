@@ -243,8 +243,8 @@ def bench(
     side: Annotated[
         list[str] | None,
         typer.Option(
-            help="A side beside the plugin: bf16, 'INT8 W8A8', 'stock FP8' or 'llama.cpp Q8_0'; by default "
-            "all. May be repeated."
+            help="A side beside the plugin: 'plugin FP8 + head' (the output projection in FP8, too), bf16, "
+            "'INT8 W8A8', 'stock FP8' or 'llama.cpp Q8_0'; by default all. May be repeated."
         ),
     ] = None,
     clients: Annotated[
@@ -261,23 +261,25 @@ def bench(
 
     Every side is a server of its own made of the same bf16 model; they are up at once and take turns.
     """
-    with _progress() as progress, shown_without_trace():
+    with shown_without_trace():
         from vllm_neuron_rmsq.cli import smollm2
         from vllm_neuron_rmsq.cli.bench import show
-        from vllm_neuron_rmsq.measure import bench, results
+        from vllm_neuron_rmsq.measure import bench, engine, results
 
+        engine.need_vllm()  # before anything is downloaded
         if plot is not None:
             results.figure_of(1, 1)
-        tell = _teller(progress, "Measuring")
-        found = bench.compare(
-            smollm2.bf16(cache) if model is None else model,
-            cache,
-            sides=(bench.PLUGIN, *side) if side else bench.SIDES,
-            clients=clients or bench.CLIENTS,
-            prompt=prompt,
-            rounds=rounds,
-            progress=tell,
-        )
+        source = smollm2.bf16(cache) if model is None else model
+        with _progress() as progress:
+            found = bench.compare(
+                source,
+                cache,
+                sides=(bench.PLUGIN, *side) if side else bench.SIDES,
+                clients=clients or bench.CLIENTS,
+                prompt=prompt,
+                rounds=rounds,
+                progress=_teller(progress, "Measuring"),
+            )
         if plot is not None:
             bench.plot(found, plot)
     lines = found.lines()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from vllm_neuron_rmsq.measure import results
 from vllm_neuron_rmsq.measure import validation as v
+from vllm_neuron_rmsq.measure.layers import Agreement
 
 
 def show(found: v.Validation, console: Console) -> None:
@@ -18,7 +21,9 @@ def show(found: v.Validation, console: Console) -> None:
     cost = found.cost_of_trn2()
     if cost is not None:
         console.print(
-            f"±240 (trn2) against ±448 (trn3): perplexity {cost - 1:+.2%}, bound {v.COST_OF_TRN2 - 1:+.0%}"
+            f"±240 (trn2) against ±448 (trn3): perplexity {cost[0] - 1:+.2%} ± {cost[1]:.2%} "
+            f"(bound {v.COST_OF_TRN2 - 1:+.0%})",
+            highlight=False,
         )
     if found.layers:
         console.print(layers(found))
@@ -37,10 +42,10 @@ def texts(found: v.Validation) -> Table:
     table = Table(
         "model",
         "perplexity",
-        f"of bf16's (≤ {v.PERPLEXITY})",
-        f"same top token (≥ {v.TOP:.0%})",
-        f"mean |Δ logprob| (≤ {v.LOGPROB})",
-        "",
+        "of bf16's",
+        "same top token",
+        "mean |Δ logprob|",
+        "verdict",
         title=f"{found.model} on {found.tokens} tokens of text",
     )
     for text in found.texts:
@@ -51,37 +56,32 @@ def texts(found: v.Validation) -> Table:
             table.add_row(
                 f"FP8, {text.side}", f"{text.perplexity:.3f}", *numbers, "pass" if text.passed else "FAIL"
             )
+    table.add_row("bound", "", f"≤ {v.PERPLEXITY}", f"≥ {v.TOP:.0%}", f"≤ {v.LOGPROB}", "")
     return table
 
 
 def layers(found: v.Validation) -> Table:
-    """Every step of the layers beside the float64 oracle, one row for each target and backend."""
-    table = Table(
-        "step",
-        "target",
-        "backend",
-        "scale error",
-        "codes equal",
-        "steps off",
-        "output error",
-        "",
-        title="Layers on the bf16 model's activations, beside the float64 oracle",
-    )
-    last = ""
+    """Every step of the layers, one row for each target: each backend beside the float64 oracle."""
+    backends = list(dict.fromkeys(one.backend for one in found.layers))
+    title = "Layers: error of outputs; by backend, error of scales and share of codes that are the oracle's"
+    table = Table("layer, step", "target", "outputs", *backends, title=title, box=box.SIMPLE_HEAD)
+    by_step: dict[tuple[str, str], dict[str, Agreement]] = {}
     for one in found.layers:
-        step = f"{one.step} ({one.kind})"
-        table.add_row(
-            "" if step == last else step,
-            one.target,
-            one.backend,
-            f"{one.scale_error:.1e}",
-            f"{one.codes_equal:.3%}",
-            str(one.steps),
-            f"{one.output_error:.4f}",
-            "pass" if one.passed else "FAIL",
-        )
+        by_step.setdefault((one.step, one.target), {})[one.backend] = one
+    last = ""
+    for (step, target), on in by_step.items():
+        cells = []
+        for backend in backends:
+            text = f"{on[backend].scale_error:.0e} {on[backend].codes_equal:.2%}"
+            cells.append(text if on[backend].passed else f"[red]{text} FAIL[/]")
+        worst = max(one.output_error for one in on.values())
+        table.add_row("" if step == last else _short(step), target, f"{worst:.4f}", *cells)
         last = step
     return table
+
+
+def _short(step: str) -> str:
+    return re.sub(r"^.*?layers\.(\d+)\.(?:.*\.)?", r"\1 ", step)
 
 
 def plot(found: v.Validation, path: Path) -> None:
@@ -91,29 +91,25 @@ def plot(found: v.Validation, path: Path) -> None:
         ValueError: matplotlib is not installed.
     """
     figure, (left, right) = results.figure_of(11, 4.2, 2)
-    for text in found.texts:
-        if text.side != "bf16":
-            places = sorted(text.differences)
-            shares = [(i + 1) / len(places) for i in range(len(places))]
-            left.plot(places, shares, label=f"{text.side}: mean {text.logprob:.3f}")
+    for text in found.texts[1:]:
+        stock = found.texts[0].logprobs
+        differences = sorted(abs(a - b) for a, b in zip(text.logprobs, stock, strict=True))
+        shares = [(i + 1) / len(differences) for i in range(len(differences))]
+        left.plot(differences, shares, label=f"{text.side}: mean {text.logprob:.3f}")
     left.axvline(v.LOGPROB, color="0.6", linestyle=":", label="bound of the mean")
     left.set(xscale="log", xlim=(1e-3, None), ylim=(0, 1))
     left.set(xlabel="|difference of logprobs| from bf16", ylabel="share of the tokens")
     left.legend(frameon=False)
     steps = list(dict.fromkeys(one.step for one in found.layers))
-    for target in dict.fromkeys(one.target for one in found.layers):
+    for target, marker in zip(dict.fromkeys(one.target for one in found.layers), "ox", strict=False):
         of_target = [one for one in found.layers if one.target == target]
-        for backend in dict.fromkeys(one.backend for one in of_target):
-            errors = {one.step: one.output_error for one in of_target if one.backend == backend}
-            marker = "o" if target == "trn2" else "x"
-            right.plot(
-                [errors[step] for step in steps], range(len(steps)), marker, label=f"{target}, {backend}"
-            )
-    right.set_yticks(range(len(steps)), [step.removeprefix("model.layers.") for step in steps], fontsize=7)
+        errors = [max(one.output_error for one in of_target if one.step == step) for step in steps]
+        right.plot(errors, range(len(steps)), marker, label=target)
+    right.set_yticks(range(len(steps)), [_short(step) for step in steps], fontsize=7)
     right.invert_yaxis()
-    right.set(xlabel="relative error of the linears' outputs", xlim=(0, None))
+    right.set(xlabel="relative error of the linears' outputs, the worst backend's", xlim=(0, None))
     if steps:
-        right.legend(frameon=False, fontsize=7)
+        right.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{found.model}: {results.processor()}", fontsize=10)

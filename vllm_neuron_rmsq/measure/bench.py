@@ -1,6 +1,7 @@
 """One model, served in turns by the plugin and by what a user would take instead: tokens a second.
 
-Sides: FP8 through the plugin; bf16, INT8 W8A8 and FP8 in stock vLLM; Q8_0 in llama.cpp. All are made of one
+Sides: FP8 through the plugin, without and with the output projection in FP8, which llama.cpp quantizes and
+others do not; bf16, INT8 W8A8 and FP8 in stock vLLM; Q8_0 in llama.cpp. All are made of one
 bf16 checkpoint and are up at once, idle but for the one whose turn it is. ``benchmarks/end_to_end.py`` and
 the command ``bench`` are this.
 """
@@ -20,8 +21,8 @@ from vllm_neuron_rmsq import checkpoint
 from vllm_neuron_rmsq.measure import results, rivals, servers
 from vllm_neuron_rmsq.measure.engine import STOCK, need_vllm
 
-PLUGIN = "plugin FP8"
-SIDES = (PLUGIN, "bf16", "INT8 W8A8", "stock FP8", "llama.cpp Q8_0")
+PLUGIN, HEAD = "plugin FP8", "plugin FP8 + head"
+SIDES = (PLUGIN, HEAD, "bf16", "INT8 W8A8", "stock FP8", "llama.cpp Q8_0")
 CLIENTS = (1, 4, 16)
 PROMPT = 900
 TOKENS = 32
@@ -171,6 +172,11 @@ def _starters(
         "stock FP8": (fp8, STOCK),
     }
     left_out: dict[str, str] = {}
+    if HEAD in sides:
+        say("making the FP8 checkpoint with its output projection")
+        folder = cache / f"{source.stem}-fp8-head"
+        _once(folder, lambda out: checkpoint.convert(bf16, out, lm_head=True))
+        served[HEAD] = folder, {"VLLM_RMSQ_BACKEND": "auto"}
     if "INT8 W8A8" in sides:
         say("making the INT8 checkpoint")
         folder = cache / f"{source.stem}-int8"
