@@ -6,7 +6,7 @@ CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format fast test-slow coverage asan bench wheel clean
+.PHONY: help setup demo test lint format fast test-slow coverage asan bench docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ bench: setup ## every benchmark (half an hour of an idle machine), then the READ
 	.venv/bin/python benchmarks/packed_fp8_linear.py
 	.venv/bin/python benchmarks/end_to_end.py
 	.venv/bin/python benchmarks/readme_tables.py
+
+docs: setup ## the documentation as a site: .cache/site/README.html
+	.venv/bin/python docs/stage.py .cache/docs
+	.venv/bin/mkdocs build --quiet
 
 wheel: setup ## dist/*.whl, native kernels included
 	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \

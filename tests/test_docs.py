@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,36 @@ def test_links(page):
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target} is not there"
+
+
+@pytest.mark.engine
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """Every link, anchor, page of the navigation and docstring of the reference: MkDocs is strict."""
+    subprocess.run([sys.executable, "docs/stage.py", ".cache/docs"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "site/docs/api.html").read_text()
+    for name in ("rms_norm_quant", "packed_fp8_linear", "dequantize", "convert", "validate", "simulate"):
+        assert name in re.findall(r'<h3 id="[^"]*?(\w+)"', api), name
+
+
+def test_troubleshooting_quotes_real_messages():
+    """What is between the dots of a heading's message is in a string of the package, or it is vLLM's own."""
+    strings = [
+        node.value
+        for path in (ROOT / "vllm_neuron_rmsq").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    messages = re.findall(r"^### .*?`(.+?)`.*\n(.*)", page, flags=re.MULTILINE)
+    assert len(messages) > 10
+    for message, explanation in messages:
+        if "own message" not in explanation:
+            for part in re.split(r"\.\.\.", message):
+                part = part.strip(" ;:,")
+                assert any(part in string for string in strings), f"no message says {part!r}: {message}"
 
 
 def test_every_page_is_in_the_index():

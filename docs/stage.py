@@ -1,0 +1,56 @@
+"""Collect what the documentation site shows: ``make docs`` builds it of the repository's own pages.
+
+The pages link to one another, and to sources, by their places in the repository. So MkDocs gets a tree with
+the same places: every page, and every file that a page links to or shows. A link to a folder becomes plain
+text: a site has no page for it::
+
+    python docs/stage.py OUT
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("*.md", "docs/**/*.md", "patches/*.md", "examples/*.md")
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def stage(out: Path) -> None:
+    """Make the directory ``out`` anew.
+
+    Raises:
+        FileNotFoundError: a page links to what is not there.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    for page in sorted({page for pattern in PAGES for page in ROOT.glob(pattern)}):
+        copy = out / page.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(_with_files(page, out))
+
+
+def _with_files(page: Path, out: Path) -> str:
+    """The text of a page, whose linked files are copied too."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match[2], match[3]
+        if re.match(r"[a-z]+:", target):
+            return match[0]
+        linked = (page.parent / target).resolve()
+        if linked.is_dir():
+            return text
+        if linked.suffix != ".md":
+            copy = out / linked.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(linked, copy)
+        return match[0]
+
+    parts = re.split(r"(^```.*?^```$)", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
+
+
+if __name__ == "__main__":
+    stage(Path(sys.argv[1]))
