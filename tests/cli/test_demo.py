@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from rich.console import Console
 
@@ -57,6 +60,25 @@ def test_both_sides_answers_are_shown():
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises(CommandError, match="nothing: is not a directory; expected an FP8 checkpoint"):
         demo(tmp_path / "nothing", tmp_path / "cache", 1, Console())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("package", "command", "said"),
+    [
+        ("vllm", ["demo"], "error: vLLM is not installed beside "),
+        ("torch", ["validate", "model"], "error: the package torch is not installed; install vLLM"),
+    ],
+)
+def test_without_a_package_one_sentence_says_so(package, command, said, tmp_path):
+    program = f"import sys; sys.modules[{package!r}] = None; from vllm_neuron_rmsq.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
