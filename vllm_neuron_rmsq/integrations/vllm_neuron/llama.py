@@ -42,6 +42,7 @@ from vllm_neuron.model.llama3 import model as stock
 from vllm_neuron.utils.checkpoints import SafetensorsCheckpoint
 from vllm_neuron.utils.dtype_utils import FP8_CLAMP_MAX, validate_fp8_segmented_supported
 
+from vllm_neuron_rmsq.distributed import gather_packed
 from vllm_neuron_rmsq.integrations.vllm_neuron import checkpoint
 from vllm_neuron_rmsq.integrations.vllm_neuron.functional import Kernels
 from vllm_neuron_rmsq.integrations.vllm_neuron.report import Report
@@ -54,6 +55,9 @@ from vllm_neuron_rmsq.integrations.vllm_neuron.weights import (
     mappings,
 )
 from vllm_neuron_rmsq.target import Target
+
+WIRE = {"uint8": torch.uint8, "float8": torch.float8_e4m3fn, "int32": torch.int32}
+"""As what packed rows travel, by the setting ``gather``; with ``bf16`` it is not packed rows that do."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,7 @@ class Plan:
         packed, total = self._norm(hidden, norm, residual)
         if not scattered:
             return packed, total
-        if self.gather == "uint8":
-            return group.all_gather(packed, dim=0), total
-        view = torch.float8_e4m3fn if self.gather == "float8" else torch.int32
-        return group.all_gather(packed.view(view), dim=0).view(torch.uint8), total
+        return gather_packed(packed, group, dim=0, wire=WIRE[self.gather]), total
 
     def _norm(self, hidden: Tensor, norm: Any, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.fuse:
