@@ -7,6 +7,7 @@ import functools
 import json
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +40,74 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+PRE_NORMS = {"input_layernorm": "qkv_proj", "post_attention_layernorm": "gate_up_proj"}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+class Architecture(NamedTuple):
+    """One of vLLM's models, as a tiny checkpoint.
+
+    Attributes:
+        model_type: Hugging Face's name of it.
+        norms: RMSNorm layers in all.
+        pairs: the fused norms of a layer, and the linear that each feeds.
+        activations: SiluAndMul layers, all of them fused.
+        changes: of the configuration.
+    """
+
+    model_type: str
+    norms: int
+    pairs: dict[str, str]
+    activations: int
+    changes: dict[str, Any] = {}  # noqa: RUF012  # never changed
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", 5, PRE_NORMS, 2),
+    "llama3": Architecture(
+        "llama", 5, PRE_NORMS, 2, {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}
+    ),
+    "mistral": Architecture("mistral", 5, PRE_NORMS, 2),
+    "qwen2": Architecture("qwen2", 5, PRE_NORMS, 2),
+    "qwen3": Architecture("qwen3", 9, PRE_NORMS, 2),
+    "phi3": Architecture("phi3", 5, PRE_NORMS, 2),
+    "granite": Architecture("granite", 5, PRE_NORMS, 2),
+    "ernie4_5": Architecture("ernie4_5", 5, PRE_NORMS, 2),
+    # Norms of inputs and of outputs beside each other.
+    "glm4": Architecture("glm4", 9, PRE_NORMS, 2),
+    # Through the Transformers backend, where all layers share one SiluAndMul.
+    "smollm3": Architecture("smollm3", 5, PRE_NORMS, 2),
+    "seed_oss": Architecture("seed_oss", 5, PRE_NORMS, 2),
+    # Other activation functions.
+    "arcee": Architecture(
+        "arcee", 5, {"input_layernorm": "qkv_proj", "post_attention_layernorm": "up_proj"}, 0
+    ),
+    "apertus": Architecture(
+        "apertus", 9, {"attention_layernorm": "qkv_proj", "feedforward_layernorm": "up_proj"}, 0
+    ),
+    # Norms that multiply by 1 + weight, and norms of outputs beside them.
+    "gemma2": Architecture(
+        "gemma2", 9, {"input_layernorm": "qkv_proj", "pre_feedforward_layernorm": "gate_up_proj"}, 0
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", 13, {"input_layernorm": "qkv_proj", "pre_feedforward_layernorm": "gate_up_proj"}, 0
+    ),
+    # Post-norm models: the same names, norms of outputs.
+    "olmo2": Architecture("olmo2", 9, {}, 2),
+    "exaone4": Architecture("exaone4", 9, {}, 2),
+    # LayerNorm; and attention and MLP beside each other, behind one norm.
+    "starcoder2": Architecture("starcoder2", 0, {}, 0),
+    "stablelm": Architecture("stablelm", 0, {}, 2),
+    "cohere": Architecture("cohere", 0, {}, 2),
+    "phi": Architecture("phi", 0, {}, 0),
 }
 TOKENS = torch.tensor([3, 5, 8, 13, 21, 34, 55], dtype=torch.int32)
 
@@ -80,7 +149,7 @@ def write_checkpoint(
 
 
 class Loaded:
-    """A model as vLLM's loader returns it.
+    """A model as vLLM's loader returns it; with ``draft``, the one that drafts for it instead.
 
     Attributes:
         model: the module.
@@ -88,7 +157,7 @@ class Loaded:
         report: what the plugin did to it; ``None`` when it is off.
     """
 
-    def __init__(self, checkpoint: Path, **engine_args) -> None:
+    def __init__(self, checkpoint: Path, *, draft: bool = False, **engine_args) -> None:
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
@@ -97,8 +166,7 @@ class Loaded:
             model=str(checkpoint),
             skip_tokenizer_init=True,
             enforce_eager=True,
-            max_model_len=64,
-            **engine_args,
+            **{"max_model_len": 64} | engine_args,
         ).create_engine_config()
         with set_current_vllm_config(self.config):
             # Anew for every model: which groups exist depends on it (experts have one of their own).
@@ -106,7 +174,8 @@ class Loaded:
                 destroy_model_parallel()
             init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-            self.model = get_model(vllm_config=self.config)
+            model_config = self.config.speculative_config.draft_model_config if draft else None
+            self.model = get_model(vllm_config=self.config, model_config=model_config)
         self.report: FusionReport | None = getattr(self.model, "rmsq_report", None)
 
     def logits(self, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
@@ -135,7 +204,14 @@ def in_vllm(loaded: Loaded, count: int):
 def _causal_attention(layer: Attention, query, key, value):
     """Stand in for vLLM's attention, which needs an engine's KV cache: ``[T, heads * head_dim]`` each."""
     q, k, v = (x.reshape(len(query), -1, layer.head_size).transpose(0, 1) for x in (query, key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=layer.impl.scale, enable_gqa=True
-    )
+    cap = layer.impl.logits_soft_cap
+    if cap:  # Gemma 2
+        k, v = (x.repeat_interleave(len(q) // len(k), dim=0) for x in (k, v))
+        scores = cap * torch.tanh(q.float() @ k.float().mT * (layer.impl.scale / cap))
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        out = (scores.masked_fill(future, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=layer.impl.scale, enable_gqa=True
+        )
     return out.transpose(0, 1).reshape(len(query), -1)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm_models import Loaded, tiny_config, write_checkpoint
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm_models import ARCHITECTURES, Loaded, tiny_config, write_checkpoint
 
 from vllm_neuron_rmsq import settings
 from vllm_neuron_rmsq.backends import BackendUnavailableError
@@ -18,29 +19,8 @@ from vllm_neuron_rmsq.integrations.vllm import fusion, proof, schemes, versions
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
 from vllm_neuron_rmsq.integrations.vllm.silu_mul import SiluMulQuant
 
-PRE_NORMS = {"input_layernorm": "qkv_proj", "post_attention_layernorm": "gate_up_proj"}
-
-ARCHITECTURES = {
-    # model type: (norms in all, fused norm in a layer -> the linear it feeds, SiluAndMul layers, all fused)
-    "llama": (5, PRE_NORMS, 2),
-    "mistral": (5, PRE_NORMS, 2),
-    "qwen2": (5, PRE_NORMS, 2),
-    "qwen3": (9, PRE_NORMS, 2),
-    "phi3": (5, PRE_NORMS, 2),
-    # Norms of inputs and of outputs beside each other.
-    "glm4": (9, PRE_NORMS, 2),
-    # Through the Transformers backend, where all layers share one SiluAndMul.
-    "smollm3": (5, PRE_NORMS, 2),
-    "seed_oss": (5, PRE_NORMS, 2),
-    # Its activation function is another.
-    "arcee": (5, {"input_layernorm": "qkv_proj", "post_attention_layernorm": "up_proj"}, 0),
-    # Post-norm models: the same names, norms of outputs.
-    "olmo2": (9, {}, 2),
-    "exaone4": (9, {}, 2),
-    # A norm with a formula of its own, and another activation function.
-    "gemma2": (9, {}, 0),
-}
-
+# The others are built of the same classes of vLLM's as one of these.
+DEFAULT = ("llama", "qwen3", "phi3", "glm4", "smollm3", "arcee", "gemma2", "olmo2", "exaone4", "cohere")
 
 pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
 
@@ -58,7 +38,7 @@ def checkpoint(tmp_path_factory):
     made = {}
 
     def make(model_type, **changes):
-        key = (model_type, *sorted(changes.items()))
+        key = (model_type, repr(sorted(changes.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(model_type) / "bf16"
             made[key] = write_checkpoint(tiny_config(model_type, **changes), folder)
@@ -72,10 +52,12 @@ def kernel_names(loaded):
     return {type(s.fp8_linear).__name__ for s in schemes if hasattr(s, "fp8_linear")}
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_fuses_exactly_the_layers_that_feed_fp8_linears(model_type, checkpoint, monkeypatch):
-    count, pairs, activations = ARCHITECTURES[model_type]
-    path = checkpoint(model_type)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in ARCHITECTURES]
+)
+def test_fuses_exactly_the_layers_that_feed_fp8_linears(name, checkpoint, monkeypatch):
+    model_type, count, pairs, activations, changes = ARCHITECTURES[name]
+    path = checkpoint(model_type, **changes)
     loaded = Loaded(path)
     report = loaded.report
     assert len(report.norms) == count
@@ -160,13 +142,27 @@ def test_bf16_checkpoint_runs_unfused_with_the_reason(tmp_path):
     assert loaded.logits().isfinite().all()
 
 
-def test_lora_keeps_norms_stock(checkpoint):
-    report = Loaded(checkpoint("llama"), enable_lora=True, max_lora_rank=8).report
-    assert not report.fused and report.linears == 8
-    assert {norm.reason for norm in report.norms} == {"LoRA adapters read the norm's output unquantized"}
-    assert not report.fused_activations
-    reasons = {activation.reason for activation in report.activations}
-    assert reasons == {"LoRA adapters read the activation's output unquantized"}
+def test_layers_that_feed_linears_with_lora_adapters_stay_stock(checkpoint):
+    report = Loaded(checkpoint("llama"), enable_lora=True, lora_target_modules=["q_proj", "down_proj"]).report
+    reasons = {layer.name: layer.reason for layer in (*report.norms[:2], *report.activations[:1])}
+    assert reasons == {
+        "model.layers.0.input_layernorm": "LoRA adapters may change model.layers.0.self_attn.qkv_proj, which "
+        "reads it unquantized then",
+        "model.layers.0.post_attention_layernorm": "",
+        "model.layers.0.mlp.act_fn": "LoRA adapters may change model.layers.0.mlp.down_proj, which reads it "
+        "unquantized then",
+    }
+    assert len(report.fused) == 2 and not report.fused_activations
+
+
+def test_lora_adapters_may_change_every_linear_unless_told_otherwise(checkpoint, monkeypatch):
+    loaded = Loaded(checkpoint("llama"), enable_lora=True)
+    assert not loaded.report.fused and not loaded.report.fused_activations and loaded.report.linears == 8
+    assert loaded.report.norms[0].reason.endswith(
+        "; --lora-target-modules would say which linears they change"
+    )
+    monkeypatch.setenv("VLLM_RMSQ_FUSE", "0")
+    assert torch.equal(loaded.logits(), Loaded(checkpoint("llama"), enable_lora=True).logits())
 
 
 def test_an_activation_whose_linear_is_not_fp8_stays_the_object_that_vllm_made(tmp_path):
@@ -272,7 +268,7 @@ def test_a_truncated_checkpoint_stops_the_start(tmp_path):
 
 
 def test_a_model_the_dummy_forward_cannot_run_stays_stock(checkpoint, monkeypatch):
-    def fail(model, config):
+    def fail(*args):
         raise IndexError("no such thing")
 
     monkeypatch.setattr(proof, "dummy_forward", fail)
@@ -282,14 +278,26 @@ def test_a_model_the_dummy_forward_cannot_run_stays_stock(checkpoint, monkeypatc
     assert loaded.logits().isfinite().all()
 
 
+def test_a_forward_that_asks_for_something_else_keeps_the_model_stock(checkpoint, monkeypatch):
+    def forward(self, input_ids, positions, weather, intermediate_tensors=None, *args, **kwargs):
+        raise AssertionError("is not called")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    monkeypatch.setattr(proof.logger, "warning", lambda *args, **kwargs: pytest.fail("no traceback is due"))
+    report = Loaded(checkpoint("llama")).report
+    assert {norm.reason for norm in report.norms} == {
+        "LlamaForCausalLM.forward asks for weather, which the dummy forward does not know"
+    }
+
+
 def test_a_linear_whose_module_touches_its_input_first_refutes_the_norm(checkpoint, monkeypatch):
     """It would get a packed activation there, not only in its kernel."""
     forward = proof.dummy_forward
 
-    def pad_first(model, config):
+    def pad_first(model, *configs):
         linear = model.get_submodule("model.layers.1.mlp.gate_up_proj")
         monkeypatch.setattr(linear, "forward", lambda x: type(linear).forward(linear, x * 1))
-        return forward(model, config)
+        return forward(model, *configs)
 
     monkeypatch.setattr(proof, "dummy_forward", pad_first)
     report = Loaded(checkpoint("llama")).report
@@ -303,11 +311,11 @@ def test_the_dummy_forward_multiplies_nothing(checkpoint, monkeypatch):
     products = []
     forward = proof.dummy_forward
 
-    def watch(model, config):
+    def watch(model, *configs):
         linear = model.get_submodule("model.layers.0.mlp.down_proj")
         handle = linear.register_forward_hook(lambda module, args, output: products.append(output[0]))
         try:
-            return forward(model, config)
+            return forward(model, *configs)
         finally:
             handle.remove()
 
@@ -321,11 +329,11 @@ def test_an_output_that_is_kept_is_not_fused(checkpoint, monkeypatch):
     kept = []
     forward = proof.dummy_forward
 
-    def keep_first(model, config):
+    def keep_first(model, *configs):
         first = next(m for m in model.modules() if isinstance(m, RMSNormQuant))
         handle = first.register_forward_hook(lambda module, args, output: kept.append(output))
         try:
-            return forward(model, config)
+            return forward(model, *configs)
         finally:
             handle.remove()
 

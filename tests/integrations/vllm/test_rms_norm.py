@@ -6,14 +6,14 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, as_quantized_activation
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
 
 import vllm_neuron_rmsq
 from vllm_neuron_rmsq import reference
 from vllm_neuron_rmsq.integrations.vllm import schemes
 from vllm_neuron_rmsq.integrations.vllm.activation import PACKED_KEY, PackedActivation
-from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm.rms_norm import REPLACEMENTS, GemmaRMSNormQuant, RMSNormQuant
 from vllm_neuron_rmsq.integrations.vllm.schemes import Binding
 from vllm_neuron_rmsq.target import TRN2
 
@@ -21,26 +21,40 @@ H = 96
 
 
 @pytest.fixture
-def norm():
+def make():
+    """Return a function that constructs one of vLLM's norms, with weights."""
     vllm_neuron_rmsq.register()
     vllm_neuron_rmsq.register()  # vLLM may load plugins more than once
-    with set_current_vllm_config(VllmConfig()):
-        norm = RMSNorm(H, eps=1e-5, dtype=torch.bfloat16)
-    norm.weight.data.uniform_(0.5, 1.5)
-    return norm
+
+    def construct(cls):
+        with set_current_vllm_config(VllmConfig()):
+            norm = cls(H, eps=1e-5).bfloat16()
+        norm.weight.data.uniform_(-0.5, 1.5)
+        return norm
+
+    return construct
 
 
-def test_takes_the_place_of_rms_norm(norm):
-    assert type(norm) is RMSNormQuant
+@pytest.fixture
+def norm(make):
+    return make(RMSNorm)
+
+
+def test_take_the_places_of_vllms(make):
+    for stock, ours in REPLACEMENTS.items():
+        assert type(make(stock)) is ours
     assert RMSNormQuant.name == RMSNorm.name == "rms_norm"
+    assert GemmaRMSNormQuant.name == GemmaRMSNorm.name == "gemma_rms_norm"
 
 
+@pytest.mark.parametrize("cls", REPLACEMENTS)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_unbound_is_stock(norm, with_residual):
+def test_unbound_is_stock(make, cls, with_residual):
+    norm = make(cls)
     x = torch.randn(3, H, dtype=torch.bfloat16)
     residual = torch.randn_like(x) if with_residual else None
     copies = x.clone(), residual.clone() if with_residual else None
-    stock = RMSNorm.forward(norm, *copies)
+    stock = cls.forward_native(norm, *copies)
     ours = norm(x, residual)
     if with_residual:
         assert torch.equal(ours[0], stock[0]) and torch.equal(ours[1], stock[1])
@@ -49,18 +63,32 @@ def test_unbound_is_stock(norm, with_residual):
 
 
 @pytest.mark.parametrize("shape", [(3, H), (1, 3, H)])
-def test_bound_returns_packed_rows(norm, shape):
+@pytest.mark.parametrize("cls", REPLACEMENTS)
+def test_bound_returns_packed_rows(make, cls, shape):
+    norm = make(cls)
     norm.binding = Binding(schemes.SCHEMES[0], "torch", TRN2)
+    gamma = norm.weight.float() + 1 if issubclass(cls, GemmaRMSNorm) else norm.weight
     x, residual = torch.randn(shape, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16)
     options = {"eps": 1e-5, "target": "trn2"}
     out = norm(x)
-    assert torch.equal(out.data, reference.rms_norm_quant(x, norm.weight, **options))
+    assert torch.equal(out.data, reference.rms_norm_quant(x, gamma, **options))
     out, residual_out = norm(x, residual)
-    packed, expected = reference.rms_norm_quant(x, norm.weight, residual=residual, **options)
+    packed, expected = reference.rms_norm_quant(x, gamma, residual=residual, **options)
     assert torch.equal(out.data, packed) and torch.equal(residual_out, expected)
     # What Hugging Face's attention asks of a hidden state.
     assert out.shape == x.shape and out.dtype == x.dtype and out.device == x.device
     assert out.size() == x.size() and out.size(-1) == H
+
+
+def test_gemmas_norm_follows_a_weight_that_changes(make):
+    """vLLM reloads weights in place."""
+    norm = make(GemmaRMSNorm)
+    norm.binding = Binding(schemes.SCHEMES[0], "torch", TRN2)
+    x = torch.randn(3, H, dtype=torch.bfloat16)
+    norm(x)
+    norm.weight.data.copy_(torch.rand(H))
+    expected = reference.rms_norm_quant(x, norm.weight.float() + 1, eps=1e-5, target="trn2")
+    assert torch.equal(norm(x).data, expected)
 
 
 def test_packed_activation_is_vllms_contract_and_strays_loudly(norm):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,13 +18,13 @@ from torch import nn
 from vllm_neuron_rmsq import backends, settings, target
 from vllm_neuron_rmsq.integrations.vllm import proof, schemes, silu_mul, versions
 from vllm_neuron_rmsq.integrations.vllm.report import FusionReport, LayerReport
-from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
+from vllm_neuron_rmsq.integrations.vllm.rms_norm import FusableNorm
 from vllm_neuron_rmsq.integrations.vllm.schemes import Binding, Scheme
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 
-def bind(model: nn.Module, vllm_config: Any) -> FusionReport | None:
+def bind(model: nn.Module, vllm_config: Any, model_config: Any) -> FusionReport | None:
     """Bind norms and activation functions of a freshly loaded model to the linears they feed, and report.
 
     The report is logged (one line at INFO, every layer at DEBUG) and kept as ``model.rmsq_report``.
@@ -32,6 +32,7 @@ def bind(model: nn.Module, vllm_config: Any) -> FusionReport | None:
     Args:
         model: what vLLM's model loader returned, weights final.
         vllm_config: the configuration it was built with.
+        model_config: the part that describes it; a draft model's is not ``vllm_config.model_config``.
 
     Returns:
         the report, or ``None`` when the plugin is switched off or has no fast backend for the device.
@@ -49,21 +50,28 @@ def bind(model: nn.Module, vllm_config: Any) -> FusionReport | None:
     linears = {module: scheme for module in names if (scheme := _scheme(module))}
     report.linears = len(linears)
     report.halved = sum(getattr(module, "rmsq_halved", False) for module in linears)
-    norms = _norms(names, report, vllm_config.model_config.get_hidden_size())
+    norms = _norms(names, report, model_config.get_hidden_size())
     activations = _activations(names, report)
-    general = _general_reason(choice, linears, vllm_config)
+    general = _general_reason(choice, linears)
     if general:
-        for layer in norms.values():
-            layer.reason = general.format("norm")
-        for layer in activations.values():
-            layer.reason = general.format("activation")
+        for layer in (*norms.values(), *activations.values()):
+            layer.reason = general
     else:
+        # vLLM gives adapters to the model itself, never to its draft model.
+        lora = vllm_config.lora_config if model_config is vllm_config.model_config else None
         with silu_mul.in_place(activations) as ours:
             producers = {**norms, **dict(zip(ours, activations.values(), strict=True))}
-            for producer, finding in proof.observe(model, vllm_config, producers, linears).items():
+            findings = proof.observe(model, vllm_config, model_config, producers, linears)
+            for producer, finding in findings.items():
                 layer = producers[producer]
+                layer.decoder &= not finding.outer
                 layer.linears = [names[linear] for linear in finding.linears]
-                layer.reason = finding.reason or producer.unfit() or misfit(finding, linears, names)
+                layer.reason = (
+                    finding.reason
+                    or producer.unfit()
+                    or misfit(finding, linears, names)
+                    or adapted(model, lora, layer.linears)
+                )
                 if not layer.reason:
                     scheme = linears[finding.linears[0]]
                     producer.bind(Binding(scheme, backend, target.get(choice.target)))
@@ -87,7 +95,7 @@ def _norms(names: Mapping, report: FusionReport, width: int) -> dict[Any, LayerR
             continue
         decoder = re.search(r"\.\d+\.", f".{name}.") is not None and module.weight.numel() == width
         report.norms.append(LayerReport(name, decoder=decoder))
-        if isinstance(module, RMSNormQuant):
+        if isinstance(module, FusableNorm):
             norms[module] = report.norms[-1]
         else:
             report.norms[-1].reason = f"{type(module).__name__} is not vLLM's RMSNorm"
@@ -115,14 +123,35 @@ def _scheme(module: nn.Module) -> Scheme | None:
     return next((scheme for scheme in schemes.SCHEMES if key == scheme.rows), None)
 
 
-def _general_reason(choice: settings.Settings, linears: Mapping, vllm_config: Any) -> str:
-    """Why no layer of the model can be fused, "{}" being a kind of layer, or an empty string."""
+def _general_reason(choice: settings.Settings, linears: Mapping) -> str:
+    """Why no layer of the model can be fused, or an empty string."""
     if not choice.fuse:
         return "switched off (VLLM_RMSQ_FUSE=0)"
     if not linears:
         return "the model has no FP8 linear of a supported scheme"
-    if vllm_config.lora_config is not None:
-        return "LoRA adapters read the {}'s output unquantized"
+    return ""
+
+
+def adapted(model: nn.Module, lora: Any, linears: Iterable[str]) -> str:
+    """Say which of these linears LoRA adapters may change, or return an empty string.
+
+    vLLM wraps linears for adapters once, at the start, after this; an adapter that is loaded later changes
+    those and no others. A wrapped linear reads its input unquantized, whatever the adapters in use contain.
+
+    Args:
+        model: the model.
+        lora: vLLM's ``LoRAConfig``, or ``None`` where there are no adapters.
+        linears: names of linears in it.
+    """
+    if lora is None:
+        return ""
+    packed = versions.get_packed_modules_mapping(model)
+    for linear in linears:
+        if versions.is_in_target_modules(linear, lora.target_modules, packed):
+            remedy = (
+                "" if lora.target_modules else "; --lora-target-modules would say which linears they change"
+            )
+            return f"LoRA adapters may change {linear}, which reads it unquantized then{remedy}"
     return ""
 
 

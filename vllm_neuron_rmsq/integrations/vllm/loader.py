@@ -24,12 +24,19 @@ def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: 
     extra = vllm_config.additional_config
     settings.install(settings.Settings.load(additional_config=extra if isinstance(extra, dict) else None))
     model = original(loader, vllm_config, model_config, *args, **kwargs)
-    report = fusion.bind(model, vllm_config)
+    report = fusion.bind(model, vllm_config, model_config)
     if report is not None:
         report.publish(model_config, vllm_config.parallel_config)
     if isinstance(extra, dict):
         backend = None if report is None else report.backend
         layers = [] if report is None else [*report.fused, *report.fused_activations]
         fused = [layer.name for layer in layers]
-        extra["rmsq_graph"] = [__version__, repr(settings.current()), backend, fused]
+        # One entry for each model: a draft model is loaded after the one it drafts for.
+        graph = extra.setdefault("rmsq_graph", {})
+        graph[f"{model_config.model} {type(model).__name__}"] = [
+            __version__,
+            repr(settings.current()),
+            backend,
+            fused,
+        ]
     return model

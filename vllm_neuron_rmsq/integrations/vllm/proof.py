@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -45,21 +46,33 @@ class Finding:
         width: its last dimension; 0 when the producer did not run.
         linears: the packed FP8 linears that opened it.
         reason: why more than those have it, or it is not known who has; empty when nobody else has.
+        outer: whether it is no norm between two layers: the model returns it, or joins it with another
+            before a linear reads them, as a draft model does with its token and hidden state.
     """
 
     width: int = 0
     linears: list[nn.Module] = field(default_factory=list)
     reason: str = ""
+    outer: bool = False
+
+
+class UnknownForwardError(Exception):
+    """A model's forward must be given something that the dummy forward does not know."""
 
 
 def observe(
-    model: nn.Module, vllm_config: Any, producers: Iterable[nn.Module], linears: Iterable[nn.Module]
+    model: nn.Module,
+    vllm_config: Any,
+    model_config: Any,
+    producers: Iterable[nn.Module],
+    linears: Iterable[nn.Module],
 ) -> dict[Any, Finding]:
     """Run ``model`` once and return what was seen of each producer's output.
 
     Args:
         model: what vLLM's model loader returned.
         vllm_config: the configuration it was built with.
+        model_config: the part that describes it; a draft model's is not ``vllm_config.model_config``.
         producers: modules that return a tensor, or a tuple whose first element is the tensor in question.
         linears: the packed FP8 linears of the model.
     """
@@ -75,6 +88,7 @@ def observe(
         def on_read(operator: str) -> None:
             where = names.get(running[-1], "") if running else ""
             reads[producer].append(f"read by {operator} in {where or 'the model'}")
+            findings[producer].outer |= operator.startswith("aten.cat.")
 
         probe = OutputProbe(tensor, on_read, findings[producer].linears.append)
         probes[producer].append(weakref.ref(probe))
@@ -85,12 +99,15 @@ def observe(
     hooks = [producer.register_forward_hook(replace_output) for producer in findings]
     try:
         with _running(running), _OwnOperators(running, set(linears)):
-            outputs = dummy_forward(model, vllm_config)
+            outputs = dummy_forward(model, vllm_config, model_config)
         for leaf in tree_leaves(_plain(outputs)):
             for producer, refs in probes.items():
                 if any(ref() is leaf for ref in refs):
                     reads[producer].append("returned by the model")
+                    findings[producer].outer = True
         leaf = outputs = None
+    except UnknownForwardError as error:
+        failure = str(error)
     except Exception as error:
         # A model this run cannot cope with must start all the same: it stays stock vLLM.
         logger.warning("The dummy forward that looks for fusable norms failed", exc_info=True)
@@ -119,25 +136,42 @@ def _reason(probes: list, kept: bool, reads: list[str], opened: list[nn.Module])
     return ""
 
 
-def dummy_forward(model: nn.Module, vllm_config: Any) -> Any:
-    """Run ``model`` eagerly on a few tokens, without KV cache, as vLLM's own profiling run does."""
-    config = vllm_config.model_config
+def dummy_forward(model: nn.Module, vllm_config: Any, model_config: Any) -> Any:
+    """Run ``model`` eagerly on a few tokens, without KV cache, as vLLM's own profiling run does.
+
+    It is given what its forward asks for by name. Draft models (EAGLE, MTP) ask for the hidden states of the
+    model they draft for.
+
+    Raises:
+        UnknownForwardError: it asks for something else and has no default for it.
+    """
     device = torch.device(vllm_config.device_config.device)
-    rows = (3, PROBE_TOKENS) if config.uses_mrope else (PROBE_TOKENS,)
-    positions = torch.arange(PROBE_TOKENS, device=device).expand(rows)
+    rows = (3, PROBE_TOKENS) if model_config.uses_mrope else (PROBE_TOKENS,)
     intermediate = None
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and not versions.get_pp_group().is_first_rank:
         empty: Callable = model.make_empty_intermediate_tensors  # type: ignore[assignment]
-        intermediate = empty(PROBE_TOKENS, config.dtype, device)
+        intermediate = empty(PROBE_TOKENS, model_config.dtype, device)
+    known = {
+        "input_ids": torch.zeros(PROBE_TOKENS, dtype=torch.int32, device=device),
+        "positions": torch.arange(PROBE_TOKENS, device=device).expand(rows),
+        "intermediate_tensors": intermediate,
+        "hidden_states": torch.zeros(
+            PROBE_TOKENS, model_config.get_hidden_size(), dtype=model_config.dtype, device=device
+        ),
+    }
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    unknown = [p.name for p in parameters if p.name in named - known.keys() and p.default is p.empty]
+    if unknown:
+        raise UnknownForwardError(
+            f"{type(model).__name__}.forward asks for {', '.join(unknown)}, which the dummy forward does not "
+            "know"
+        )
     with (
         torch.no_grad(),
         versions.set_forward_context(None, vllm_config, num_tokens=PROBE_TOKENS, skip_compiled=True),
     ):
-        return model(
-            input_ids=torch.zeros(PROBE_TOKENS, dtype=torch.int32, device=device),
-            positions=positions,
-            intermediate_tensors=intermediate,
-        )
+        return model(**{name: value for name, value in known.items() if name in named})
 
 
 class _OwnOperators(TorchDispatchMode):

@@ -1,25 +1,36 @@
-"""The first producer: stands in for vLLM's ``RMSNorm`` and, once bound, writes rows of a scheme."""
+"""The first producer: stands in for vLLM's norms and, once bound, writes rows of a scheme.
+
+Dimensions:
+    H: hidden size
+    ...: rows (tokens)
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from vllm_neuron_rmsq.integrations.vllm import versions
 from vllm_neuron_rmsq.integrations.vllm.schemes import Binding
-from vllm_neuron_rmsq.integrations.vllm.versions import RMSNorm
+from vllm_neuron_rmsq.integrations.vllm.versions import GemmaRMSNorm, RMSNorm
 from vllm_neuron_rmsq.reference import DTYPES
 
 
-class RMSNormQuant(RMSNorm):
-    """vLLM's ``RMSNorm``, bit for bit, until it is bound: from then on it returns packed rows.
+class FusableNorm:
+    """What a norm of vLLM's becomes: itself, bit for bit, until it is bound; then it returns packed rows.
+
+    Stands before vLLM's class among the bases of the norm that is registered in its place.
 
     Attributes:
         binding: how the fused norm computes; ``None`` is the stock norm.
     """
 
     binding: Binding | None = None
+    weight: torch.Tensor
+    variance_epsilon: float
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """Normalize, after adding the residual where there is one.
 
         Args:
@@ -31,14 +42,17 @@ class RMSNormQuant(RMSNorm):
             with a residual a pair of that and ``x + residual``.
         """
         if self.binding is None:
-            return super().forward(x, residual)
+            return super().forward(x, residual)  # type: ignore[misc]  # vLLM's class comes after this one
         scheme, backend, target = self.binding
-        weight = self.weight if self.pass_weight else None
         options = {"eps": self.variance_epsilon, "backend": backend, "target": target}
         if residual is None:
-            return scheme.wrap(scheme.norm(x, weight, **options), x.dtype)
-        rows, residual_out = scheme.norm(x, weight, residual=residual, **options)
+            return scheme.wrap(scheme.norm(x, self.gamma(), **options), x.dtype)
+        rows, residual_out = scheme.norm(x, self.gamma(), residual=residual, **options)
         return scheme.wrap(rows, x.dtype), residual_out
+
+    def gamma(self) -> torch.Tensor | None:
+        """Return what a normalized row is multiplied by, ``[H]``, or ``None`` for nothing."""
+        return self.weight
 
     def bind(self, binding: Binding) -> None:
         """Write rows from now on. Only where nothing but packed FP8 linears reads the output."""
@@ -46,14 +60,31 @@ class RMSNormQuant(RMSNorm):
 
     def unfit(self) -> str:
         """Say why it could not be fused whoever reads it, or return an empty string."""
+        return "" if self.weight.dtype in DTYPES else f"its weight is {self.weight.dtype}"
+
+
+class RMSNormQuant(FusableNorm, RMSNorm):
+    """vLLM's ``RMSNorm``."""
+
+    def gamma(self) -> torch.Tensor | None:
+        return self.weight if self.pass_weight else None
+
+    def unfit(self) -> str:
         if self.variance_size_override is not None:
             return "it normalizes by a part of the row"
-        if self.weight.dtype not in DTYPES:
-            return f"its weight is {self.weight.dtype}"
-        return ""
+        return super().unfit()
 
 
-REPLACEMENTS = {RMSNorm: RMSNormQuant}
+class GemmaRMSNormQuant(FusableNorm, GemmaRMSNorm):
+    """vLLM's ``GemmaRMSNorm``, which multiplies by ``1 + weight``: the same op, with another gamma."""
+
+    def gamma(self) -> torch.Tensor:
+        # In fp32, as vLLM has it: bf16 has no room for 1 + a small weight. In each call anew: vLLM can
+        # load other weights into the parameter while it serves, without a word to the module.
+        return self.weight.float() + 1.0
+
+
+REPLACEMENTS = {RMSNorm: RMSNormQuant, GemmaRMSNorm: GemmaRMSNormQuant}
 """vLLM's class -> what is registered in its place."""
 
 if versions.has("TPAwareRMSNorm"):
@@ -61,4 +92,8 @@ if versions.has("TPAwareRMSNorm"):
     class TPAwareRMSNormQuant(versions.TPAwareRMSNorm, RMSNormQuant):
         """The same for the norm that vLLM's Transformers backend builds (SmolLM3, OLMo 2/3, Arcee, ...)."""
 
+    class TPAwareGemmaRMSNormQuant(versions.TPAwareGemmaRMSNorm, GemmaRMSNormQuant):
+        """The same for its norms that multiply by ``1 + weight``."""
+
     REPLACEMENTS[versions.TPAwareRMSNorm] = TPAwareRMSNormQuant
+    REPLACEMENTS[versions.TPAwareGemmaRMSNorm] = TPAwareGemmaRMSNormQuant

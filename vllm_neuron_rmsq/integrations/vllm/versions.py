@@ -41,6 +41,11 @@ NEEDED: dict[str, str | None] = {
     "vllm.model_executor.layers.layernorm:RMSNorm.hidden_size": None,
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_epsilon": None,
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_size_override": None,
+    "vllm.model_executor.layers.layernorm:GemmaRMSNorm.register_oot": "_decorated_op_cls",
+    "vllm.model_executor.layers.layernorm:GemmaRMSNorm.forward_native": "self, x, residual",
+    "vllm.model_executor.layers.layernorm:GemmaRMSNorm.name": None,
+    "vllm.model_executor.layers.layernorm:GemmaRMSNorm.weight": None,
+    "vllm.model_executor.layers.layernorm:GemmaRMSNorm.variance_epsilon": None,
     # Activation functions
     "vllm.model_executor.layers.activation:SiluAndMul.forward_native": "x",
     # FP8 linears
@@ -65,6 +70,9 @@ NEEDED: dict[str, str | None] = {
             "FP8ScaledMMLinearLayerConfig.out_dtype": None,
         }.items()
     },
+    # Which linears LoRA adapters may change
+    "vllm.model_executor.utils:get_packed_modules_mapping": "model",
+    "vllm.lora.utils:is_in_target_modules": "module_name, target_modules, packed_modules_mapping",
     # What a norm hands to a linear
     **{
         f"{_QUANT_ACTIVATION}:{name}": call
@@ -93,6 +101,7 @@ NEEDED: dict[str, str | None] = {
     "vllm.config:VllmConfig.additional_config": None,
     "vllm.config:VllmConfig.device_config": None,
     "vllm.config:VllmConfig.lora_config": None,
+    "vllm.config:LoRAConfig.target_modules": None,
     "vllm.config:VllmConfig.model_config": None,
     "vllm.config:VllmConfig.parallel_config": None,
     "vllm.config:DeviceConfig.device": None,
@@ -111,9 +120,10 @@ NEEDED: dict[str, str | None] = {
 call stand in the order they are passed in; those after "*" are passed by name."""
 
 NEEDED_SINCE: dict[Version, dict[str, str | None]] = {
-    # The Transformers backend builds plain RMSNorms before.
+    # The Transformers backend builds plain norms before.
     (0, 25): {
-        "vllm.model_executor.models.transformers.fusers.rms_norm:TPAwareRMSNorm.forward": "self, x, residual",
+        f"vllm.model_executor.models.transformers.fusers.rms_norm:{name}.forward": "self, x, residual"
+        for name in ("TPAwareRMSNorm", "TPAwareGemmaRMSNorm")
     },
     (0, 28): {"vllm.model_executor.utils:replace_parameter": "layer, param_name, new_tensor"},
     (0, 30): {
