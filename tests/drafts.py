@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm_models import SIZES, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import checkpoint, target, weights
+from vllm_neuron_rmsq import target, weights
+from vllm_neuron_rmsq.checkpoint.plan import quantization_config
 
 H, KV, INTERMEDIATE = SIZES["hidden_size"], 64, SIZES["intermediate_size"]
 
@@ -53,7 +54,7 @@ def _write(
         "architectures": [architecture],
         "model_type": "llama",
         "torch_dtype": "bfloat16",
-        "quantization_config": checkpoint.quantization_config(ignore),
+        "quantization_config": quantization_config(ignore),
     }
     (folder / "config.json").write_text(json.dumps(content, default=str))
     return folder

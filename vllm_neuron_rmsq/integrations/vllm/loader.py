@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: 
     """
     extra = vllm_config.additional_config
     settings.install(settings.Settings.load(additional_config=extra if isinstance(extra, dict) else None))
+    if vllm_config.load_config.load_format == "dummy":
+        loader.load_weights = functools.partial(_load_dummy_weights, loader.load_weights)
     model = original(loader, vllm_config, model_config, *args, **kwargs)
     report = fusion.bind(model, vllm_config, model_config)
     if report is not None:
@@ -40,3 +43,12 @@ def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: 
             fused,
         ]
     return model
+
+
+def _load_dummy_weights(original: Callable, model: Any, model_config: Any) -> None:
+    """Fill ``model`` by ``original``, vLLM's method, with random numbers, but none below zero for a scale:
+    a checkpoint that had one would be refused."""
+    original(model, model_config)
+    for name, parameter in model.named_parameters():
+        if "scale" in name.rpartition(".")[2]:
+            parameter.data.abs_()

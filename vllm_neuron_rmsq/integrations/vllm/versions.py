@@ -100,6 +100,8 @@ NEEDED: dict[str, str | None] = {
     ),
     "vllm.config:VllmConfig.additional_config": None,
     "vllm.config:VllmConfig.device_config": None,
+    "vllm.config:VllmConfig.load_config": None,
+    "vllm.config:LoadConfig.load_format": None,
     "vllm.config:VllmConfig.lora_config": None,
     "vllm.config:LoRAConfig.target_modules": None,
     "vllm.config:VllmConfig.model_config": None,
