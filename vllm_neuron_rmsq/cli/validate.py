@@ -63,16 +63,19 @@ def texts(found: v.Validation) -> Table:
 def layers(found: v.Validation) -> Table:
     """Every step of the layers, one row for each target: each backend beside the float64 oracle."""
     backends = list(dict.fromkeys(one.backend for one in found.layers))
-    title = "Layers: error of outputs; by backend, error of scales and share of codes that are the oracle's"
-    table = Table("layer, step", "target", "outputs", *backends, title=title, box=box.SIMPLE_HEAD)
+    title = "Layers: error of outputs; by backend, error of scales and share of codes off"
+    columns = "layer, step", "target", "outputs", *backends
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap, table.columns[0].min_width = True, len("29 post_attention_norm")
+    steps = list(dict.fromkeys(one.step for one in found.layers))
     by_step: dict[tuple[str, str], dict[str, Agreement]] = {}
-    for one in found.layers:
+    for one in sorted(found.layers, key=lambda one: steps.index(one.step)):
         by_step.setdefault((one.step, one.target), {})[one.backend] = one
     last = ""
     for (step, target), on in by_step.items():
         cells = []
         for backend in backends:
-            text = f"{on[backend].scale_error:.0e} {on[backend].codes_equal:.2%}"
+            text = f"{on[backend].scale_error:.0e} {1 - on[backend].codes_equal:.2%}"
             cells.append(text if on[backend].passed else f"[red]{text} FAIL[/]")
         worst = max(one.output_error for one in on.values())
         table.add_row("" if step == last else _short(step), target, f"{worst:.4f}", *cells)
@@ -81,7 +84,7 @@ def layers(found: v.Validation) -> Table:
 
 
 def _short(step: str) -> str:
-    return re.sub(r"^.*?layers\.(\d+)\.(?:.*\.)?", r"\1 ", step)
+    return re.sub(r"^.*?layers\.(\d+)\.(?:.*\.)?", r"\1 ", step).replace("layernorm", "norm")
 
 
 def plot(found: v.Validation, path: Path) -> None:
