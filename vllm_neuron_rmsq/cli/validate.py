@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -65,7 +64,7 @@ def layers(found: v.Validation) -> Table:
     backends = list(dict.fromkeys(one.backend for one in found.layers))
     title = "Layers: error of outputs; by backend, error of scales and share of codes off"
     columns = "layer, step", "target", "outputs", *backends
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, title=title, box=None, pad_edge=False)
     table.columns[0].no_wrap, table.columns[0].min_width = True, len("29 post_attention_norm")
     steps = list(dict.fromkeys(one.step for one in found.layers))
     by_step: dict[tuple[str, str], dict[str, Agreement]] = {}

@@ -103,8 +103,9 @@ class Validation:
         if not {"trn2", "trn3"} <= set(by_side):
             return None
         more = [trn3 - trn2 for trn2, trn3 in zip(by_side["trn2"], by_side["trn3"], strict=True)]
-        ratio = math.exp(statistics.fmean(more))
-        return ratio, ratio * statistics.pstdev(more) / math.sqrt(len(more))
+        mean = statistics.fmean(more)
+        variance = statistics.fmean((one - mean) ** 2 for one in more)
+        return math.exp(mean), math.exp(mean) * math.sqrt(variance / len(more))
 
     def json(self) -> dict[str, Any]:
         """Everything but the single tokens' logprobs."""
