@@ -1,4 +1,4 @@
-"""``validate`` short of vLLM, which ``test_whole_model`` runs once, on a tiny model."""
+"""``validate`` short of vLLM, which ``test_whole_model``, a slow one, runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_wrong_use(checkpoints, arguments, said):
     assert said in str(result.exception)
 
 
-@pytest.mark.engine
+@pytest.mark.slow
 def test_whole_model(checkpoints, tmp_path):
     """Both ways in, the FP8 checkpoint and the bf16 one, through the command; random weights know no text."""
     arguments = ["--tokens", "64", "--layer", "1", "--target", "trn2", "--work", str(tmp_path), "--json"]
