@@ -6,7 +6,7 @@ CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format fast test-slow coverage asan bench docs wheel clean
+.PHONY: help setup demo test lint format fast test-slow test-vllm coverage asan bench docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ fast: setup ## each test that starts no engine, server or other program, once: u
 
 test-slow: setup ## only the long matrices, which `test` leaves out
 	$(PYTEST) -m slow
+
+test-vllm: setup ## what is about vLLM, on another one: make test-vllm VERSION=0.24.0
+	.ci/test-vllm $(VERSION) $(PYTHON)
 
 coverage: setup ## all tests, and which lines of Python they ran: .cache/coverage/html/index.html
 	$(PYTEST) --cov --cov-report=term --cov-report=html

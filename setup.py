@@ -86,11 +86,16 @@ def find_torch() -> Path:
 
 
 def run(command, **_):
-    """Run the compiler or linker; raises its first error, where ``Compiler.spawn`` raises a number."""
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    """Run the compiler or linker; raises its first error, where setuptools' own function raises a number.
+
+    In English, whatever the user's language: the word is looked for.
+    """
+    english = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", env=english)
     sys.stderr.write(done.stderr)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if re.search(r"\berror:", line)] or said[-1:]
         raise NotBuilt(errors[0] if errors else f"{command[0]!r} failed with exit code {done.returncode}")
 
 
@@ -115,7 +120,7 @@ class BuildKernels(build_ext):
         if sys.platform != "linux":
             raise NotBuilt(f"they are built on Linux only, not on {sys.platform}")
         torch = find_torch()
-        self.compiler.spawn = run
+        self.compiler.spawn = self.compiler.call = run  # setuptools 84 calls the latter
         digest = runpy.run_path(str(SOURCES / "digest.py"))
         common = [TORCH_TARGET, ("RMSQ_SOURCES", f'"{digest["MARK"]}{digest["digest"]()}"')]
         jobs: list[tuple[Path, str, list[str], list[tuple[str, str]], list[str]]] = []

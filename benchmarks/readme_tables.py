@@ -1,7 +1,7 @@
-"""Write the README's tables and figures from the last run of each benchmark in ``benchmarks/results``.
+"""Write the tables and figures of README and docs from the last run of each benchmark.
 
-A block of the README between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced by what the function of that
-name in :data:`BLOCKS` returns, so that no figure there is typed by hand::
+A block of a page between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced by what the function of that
+name in :data:`BLOCKS` makes of ``benchmarks/results``, so that no figure there is typed by hand::
 
     python benchmarks/readme_tables.py
 """
@@ -16,7 +16,9 @@ import common
 
 from vllm_neuron_rmsq.measure.results import read
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs/vllm-versions.md")
 NAMES = {
     "Qwen2.5-0.5B": "Qwen2.5-0.5B's shape, random weights",
     "Llama-1.1B": "Llama, 1.1 billion parameters, random weights",
@@ -107,14 +109,35 @@ def nki_cost() -> str:
     return "\n".join([*table, "", f"{_when(lines)}."])
 
 
+def vllm_versions() -> str:
+    """What each vLLM computes, beside the one that is installed for development."""
+    lines = {
+        (line["vllm"], line["mode"], line["fuse"]): line
+        for line in read(common.RESULTS / "vllm_versions.csv")
+    }
+    table = [
+        "| vLLM | torch | mode | fused | packed rows | greedy tokens | logprobs | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (vllm, mode, fuse), line in sorted(lines.items(), key=lambda item: _numbers(item[0][0])):
+        fused = line["fused"] if fuse == "1" else "no (`VLLM_RMSQ_FUSE=0`)"
+        found = " | ".join(line[column] for column in ("packed rows", "greedy tokens", "logprobs"))
+        table.append(f"| {vllm} | {line['torch']} | {mode} | {fused} | {found} | {_when([line])} |")
+    return "\n".join(table)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
-    for block in (end_to_end, packed_fp8_linear, rms_norm_quant, silu_mul_quant, nki_cost)
+    for block in (end_to_end, packed_fp8_linear, rms_norm_quant, silu_mul_quant, nki_cost, vllm_versions)
 }
 
 
 def _when(lines: list[dict[str, str]]) -> str:
     return f"{lines[-1]['date'].split()[0]}, commit {lines[-1]['commit']}"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _range(values: Iterable[float], form: str) -> str:
@@ -127,7 +150,7 @@ def _gigabytes(megabytes: str) -> str:
 
 
 def written(text: str) -> str:
-    """Return the README ``text`` with its blocks as the results have them now.
+    """Return a page's ``text`` with its blocks as the results have them now.
 
     Raises:
         KeyError: a block has a name that is not in :data:`BLOCKS`.
@@ -140,4 +163,5 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for page in PAGES:
+        page.write_text(written(page.read_text()))

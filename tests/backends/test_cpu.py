@@ -125,9 +125,17 @@ def test_level_the_machine_lacks():
         ({"CC": "false", "CXX": "false"}, "false' failed with exit code 1"),
         ({"CC": "no-such-compiler", "CXX": "no-such-compiler"}, "no-such-compiler"),
         ({"CXXFLAGS": "-include no-such-header.h"}, "fatal error: no-such-header.h: No such file"),
+        ({"CC": "./compiler", "CXX": "./compiler"}, "a.h:3:5: error: the first"),
     ],
 )
 def test_a_failing_build_installs_the_reason(environment, reason, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        "echo 'In file included from error.cpp:1:\na.h:3:5: error: the first\na.h:9:5: error: another' >&2\n"
+        "exit 1\n"
+    )
+    compiler.chmod(0o755)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tmp_path)
@@ -145,5 +153,5 @@ def test_a_failing_build_installs_the_reason(environment, reason, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "built/vllm_neuron_rmsq/_cpu_kernels.so").exists()
-    assert reason in (tmp_path / "built/vllm_neuron_rmsq/_cpu_kernels.txt").read_text()
+    assert (tmp_path / "built/vllm_neuron_rmsq/_cpu_kernels.txt").read_text().count(reason) == 1
     assert "native CPU kernels not built" in done.stdout + done.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import vllm
 from neuron_standin.run import environment
 from rich.console import Console
 
@@ -28,8 +29,26 @@ def test_versions_and_every_backend_are_listed(monkeypatch):
     assert "can run" in rows["torch"]
     assert "VLLM_RMSQ_BACKEND=torch" in text
     titles = [line.split("┃")[1:-1] for line in text.splitlines() if line.startswith("┃")]
-    assert len(titles) == 2
+    assert len(titles) == 3
     assert all(title.strip() for row in titles for title in row)
+
+
+def test_the_installed_vllm_and_what_would_become_of_fp8_linears(monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
+    text = printed()
+    assert f"{vllm.__version__}; supported are 0.24 to 0.33" in text
+    assert "has every name that it needs" in text
+    assert "would multiply packed rows: backend torch, target trn2" in text
+    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "off")
+    assert "stay vLLM's own: the plugin is switched off (VLLM_RMSQ_BACKEND=off)" in printed()
+
+
+@pytest.mark.parametrize(("version", "reason"), [("0.34.1", "newer"), ("0.23.0", "older")])
+def test_a_vllm_that_is_not_supported(version, reason, monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", version)
+    text = printed()
+    assert f"{version}; supported are 0.24 to 0.33" in text
+    assert f"is inactive: {reason} than any it was tried with" in text
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(monkeypatch):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import logging
 import platform
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
@@ -42,12 +45,24 @@ def check(console: Console) -> None:
     if _version("vllm-neuron") != MISSING:
         from vllm_neuron_rmsq.integrations import vllm_neuron
 
-        outlook = Table("vLLM Neuron", "on this machine")
-        for topic, said in vllm_neuron.outlook().items():
-            outlook.add_row(topic, said)
-        console.print(outlook)
+        console.print(_outlook("vLLM Neuron", vllm_neuron.outlook))
+    elif importlib.util.find_spec("vllm"):
+        from vllm_neuron_rmsq.integrations import vllm
+
+        console.print(_outlook("vLLM", vllm.outlook))
     if reasons.get(choice.backend):
         raise CommandError(f"VLLM_RMSQ_BACKEND={choice.backend} cannot run here: {reasons[choice.backend]}")
+
+
+def _outlook(engine: str, ask: Callable[[], dict[str, str]]) -> Table:
+    table = Table(engine, "on this machine")
+    logging.disable(logging.INFO)  # vLLM tells of its platform when it is imported
+    try:
+        for topic, said in ask().items():
+            table.add_row(topic, said)
+    finally:
+        logging.disable(logging.NOTSET)
+    return table
 
 
 def _how(name: str) -> str:

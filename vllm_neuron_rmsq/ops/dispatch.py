@@ -114,16 +114,19 @@ def functions(name: str) -> Functions:
     return found
 
 
-@torch.compiler.assume_constant_result
 def fp8_max(chosen: target.Target | str | None) -> float:
     """Return R of a target, of the setting in force for ``None``; a schema takes numbers, not objects.
 
     Raises:
         ValueError: there is no target of that name.
     """
-    if chosen is None:
-        return target.TARGETS[settings.current().target].fp8_max
-    return target.get(chosen).fp8_max
+    # Not below: torch 2.11 cannot hand a frozen dataclass to a function whose result is taken for constant.
+    return chosen.fp8_max if isinstance(chosen, target.Target) else _fp8_max(chosen)
+
+
+@torch.compiler.assume_constant_result
+def _fp8_max(name: str | None) -> float:
+    return target.get(settings.current().target if name is None else name).fp8_max
 
 
 def scale_tensor(static_scale: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from vllm_neuron_rmsq import backends, settings
 from vllm_neuron_rmsq.integrations.vllm import versions
 
 # A child of vLLM's logger, which vLLM has set up by the time it loads plugins.
@@ -37,7 +38,6 @@ def apply() -> None:
         return
 
     # Only now: these modules derive from vLLM's classes.
-    from vllm_neuron_rmsq import settings
     from vllm_neuron_rmsq.integrations.vllm import linear, loader, rms_norm
     from vllm_neuron_rmsq.patches import env_variables, linear_kernel_order, model_loader
 
@@ -51,6 +51,30 @@ def apply() -> None:
         versions._POSSIBLE_FP8_KERNELS,
     )
     model_loader.apply(versions.BaseModelLoader, loader.load_model)
+
+
+def outlook() -> dict[str, str]:
+    """Say what the plugin would do in this vLLM, by topic; for ``vllm-neuron-rmsq check``."""
+    try:
+        missing = versions.missing()
+    except Exception as error:  # as broken as it may be, the rest of the answer is worth having
+        return {"version": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
+    rows = {
+        "version": f"{versions.installed()}; supported are {versions.SUPPORTED}",
+        "the plugin": f"is inactive: {'; '.join(missing)}" if missing else "has every name that it needs",
+    }
+    if not missing:
+        choice = settings.Settings.load()
+        try:
+            backend, reason = backends.for_serving(choice.backend, versions.current_platform.device_type)
+        except backends.BackendUnavailableError as error:
+            backend, reason = None, str(error)
+        rows["FP8 linears"] = (
+            f"would multiply packed rows: backend {backend}, target {choice.target}"
+            if backend
+            else f"stay vLLM's own: the plugin {reason}"
+        )
+    return rows
 
 
 def _replace(in_tree: Any, ours: Any) -> None:
