@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 
 import vllm_neuron_rmsq
 from vllm_neuron_rmsq import ops, packed, reference, settings
+from vllm_neuron_rmsq.integrations.vllm import versions
 from vllm_neuron_rmsq.integrations.vllm.activation import PACKED_KEY, PackedActivation
 from vllm_neuron_rmsq.integrations.vllm.linear import PackedFp8LinearKernel
 
@@ -62,12 +63,13 @@ def test_is_chosen_before_vllms_own():
     from vllm.model_executor.kernels import linear
 
     kernels = linear._POSSIBLE_FP8_KERNELS
+    options = {"quantization": "fp8_w8a8"} if versions.version() >= (0, 30) else {}
     assert kernels[current_platform._enum].count(PackedFp8LinearKernel) == 1
     with set_current_vllm_config(VllmConfig()):
-        chosen = choose_scaled_mm_linear_kernel(config(), kernels, quantization="fp8_w8a8")
+        chosen = choose_scaled_mm_linear_kernel(config(), kernels, **options)
         assert chosen is PackedFp8LinearKernel
         settings.install(settings.Settings(backend="off"))
-        chosen = choose_scaled_mm_linear_kernel(config(), kernels, quantization="fp8_w8a8")
+        chosen = choose_scaled_mm_linear_kernel(config(), kernels, **options)
         assert chosen is not PackedFp8LinearKernel
 
 
