@@ -1,31 +1,30 @@
-"""Patch: the packed FP8 linear kernel is asked before vLLM's own.
+"""Patch: our FP8 linear kernels are asked before vLLM's own.
 
-What: moves our class to the front of the platform's list of FP8 kernels, ``_POSSIBLE_FP8_KERNELS`` in
-    ``vllm.model_executor.kernels.linear``, right after registering it with the public
-    ``register_linear_kernel``.
-Why: registration appends and selection takes the first kernel that can implement a layer, so a kernel
-    registered from outside would only ever get what the stock ones refuse.
-Versions: vLLM 0.24 to 0.33 (``register_linear_kernel`` as of 0.19).
-Delete when: ``register_linear_kernel`` takes a priority.
+What: puts a kernel class first in the platform's lists of FP8 kernels in
+    ``vllm.model_executor.kernels.linear``: ``_POSSIBLE_FP8_KERNELS``, ``_POSSIBLE_FP8_BLOCK_KERNELS`` (block
+    scales) or ``_POSSIBLE_WFP8A16_KERNELS`` (weights only).
+Why: the public ``register_linear_kernel`` appends, and selection takes the first kernel that can implement a
+    layer, so a kernel registered from outside would only ever get what the stock ones refuse. For block
+    scales and for weights only it has no registration at all (block scales as of 0.33).
+Versions: vLLM 0.24 to 0.33.
+Delete when: ``register_linear_kernel`` takes a priority and knows these two lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 
-def apply(kernel: type, platform: Any, register: Callable, kernels: dict[Any, list[type]]) -> None:
-    """Register ``kernel`` for ``platform`` and put it first in ``kernels[platform]``, once.
+def apply(kernel: type, platform: Any, lists: Iterable[dict[Any, list[type]]]) -> None:
+    """Put ``kernel`` first in ``kernels[platform]`` of each of ``lists``, once.
 
     Args:
-        kernel: an FP8 linear kernel class.
+        kernel: a linear kernel class.
         platform: the key of vLLM's platform.
-        register: vLLM's ``register_linear_kernel``.
-        kernels: vLLM's ``_POSSIBLE_FP8_KERNELS``.
+        lists: of vLLM's ``_POSSIBLE_*_KERNELS``.
     """
-    if kernel in kernels.get(platform, []):
-        return
-    register(kernel, platform, "fp8")
-    order = kernels[platform]
-    order.insert(0, order.pop())
+    for kernels in lists:
+        order = kernels.setdefault(platform, [])
+        if kernel not in order:
+            order.insert(0, kernel)

@@ -7,6 +7,10 @@ exponent 15 is Inf or NaN) and in ``float8_e4m3fn`` (everyone else). ``trn3`` us
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,23 @@ class Target:
     def __str__(self) -> str:
         return self.name
 
+    def static_scale(self, scale: torch.Tensor) -> torch.Tensor:
+        """Return the scale of activations, for codes of this target, for which a checkpoint gives ``scale``.
+
+        Checkpoints mean codes within ±448. Where the range ends at ±240 the scale is doubled, as a weight's
+        is: the codes are half of those meant, exactly, but for odd ones among the subnormals.
+
+        Args:
+            scale: fp32, of any shape.
+        """
+        return scale if self.fp8_max == OCP_MAX else scale * 2
+
+
+OCP_MAX = 448.0
+"""The largest value of a ``float8_e4m3fn``."""
 
 TRN2 = Target("trn2", 240.0, 0x77, "float8_e4m3")
-TRN3 = Target("trn3", 448.0, 0x7E, "float8_e4m3fn")
+TRN3 = Target("trn3", OCP_MAX, 0x7E, "float8_e4m3fn")
 
 TARGETS = {target.name: target for target in (TRN2, TRN3)}
 """Every target by name; the first is the default."""

@@ -160,3 +160,28 @@ def halve(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch
         small = (magnitude + ((magnitude >> 1) & 1)) >> 1
         halved[rows] = torch.where(magnitude < 16, small, magnitude - 8) | (codes[rows] & 0x80)
     return halved, scale * 2
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what an FP8 weight stands for, rounded once.
+
+    Args:
+        codes: ``[N, H]`` uint8, e4m3fn codes.
+        scale: ``[N]``, ``[1]`` or ``[ceil(N / 128), ceil(H / 128)]`` fp32.
+        dtype: floating.
+
+    Returns:
+        ``[N, H]`` of ``dtype``.
+    """
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if scale.dim() == 1:
+        scale = scale.expand(codes.shape[0])
+    for start in range(0, codes.shape[0], ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        values = codes[rows].view(torch.float8_e4m3fn).float()
+        if scale.dim() == 1:
+            out[rows] = (values * scale[rows, None]).to(dtype)
+        else:
+            blocks = scale[start // BLOCK : (start + ROWS_AT_A_TIME) // BLOCK]
+            out[rows] = (values * expand_block_scale(blocks, *values.shape)).to(dtype)
+    return out

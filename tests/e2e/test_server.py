@@ -93,7 +93,7 @@ def server(request, smollm2_fp8, tmp_path_factory):
 
 def test_reports_the_fused_layers(server):
     assert "60 of 61 RMSNorm layers fused (backend cpu, target trn2), 120 packed FP8 linears" in server.text()
-    assert "120 packed FP8 linears; 30 of 30 SiluAndMul layers fused" in server.text()
+    assert "120 packed FP8 linears (per-token); 30 of 30 SiluAndMul layers fused" in server.text()
     assert "Unknown vLLM environment variable" not in server.text()
 
 

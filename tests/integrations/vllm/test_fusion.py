@@ -173,7 +173,7 @@ def test_an_activation_whose_linear_is_not_fp8_stays_the_object_that_vllm_made(t
     assert first.reason.startswith("its output is read by aten.") and not second.reason
     assert "down_proj" in first.reason
     assert type(loaded.model.get_submodule(first.name)) is SiluAndMul
-    assert str(loaded.report).endswith("7 packed FP8 linears; 1 of 2 SiluAndMul layers fused")
+    assert str(loaded.report).endswith("7 packed FP8 linears (per-token); 1 of 2 SiluAndMul layers fused")
 
 
 def test_a_replaced_activation_is_left_in_place(checkpoint, monkeypatch):

@@ -8,21 +8,31 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.linear import choose_scaled_mm_linear_kernel
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearLayerConfig
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    GroupShape,
+    QuantKey,
+    ScaleDesc,
     kFp8Dynamic128Sym,
     kFp8DynamicTensorSym,
     kFp8DynamicTokenSym,
     kFp8Static128BlockSym,
     kFp8StaticChannelSym,
     kFp8StaticTensorSym,
+    kFp8StaticTokenSym,
 )
 from vllm.platforms import current_platform
 
 import vllm_neuron_rmsq
-from vllm_neuron_rmsq import ops, packed, reference, settings
-from vllm_neuron_rmsq.integrations.vllm import versions
-from vllm_neuron_rmsq.integrations.vllm.activation import PACKED_KEY, PackedActivation
+from vllm_neuron_rmsq import ops, packed, reference, settings, weights
+from vllm_neuron_rmsq.integrations.vllm import schemes, versions
+from vllm_neuron_rmsq.integrations.vllm.activation import (
+    CODES_KEY,
+    PACKED_KEY,
+    CodesActivation,
+    PackedActivation,
+)
 from vllm_neuron_rmsq.integrations.vllm.linear import PackedFp8LinearKernel
 
+kFp8Dynamic64Sym = QuantKey(torch.float8_e4m3fn, ScaleDesc(torch.float32, False, GroupShape(1, 64)))
 NAMES = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
 N, H = 48, 96
 
@@ -73,17 +83,27 @@ def test_is_chosen_before_vllms_own():
         assert chosen is not PackedFp8LinearKernel
 
 
-@pytest.mark.parametrize("activation", [kFp8DynamicTokenSym, kFp8DynamicTensorSym])
-@pytest.mark.parametrize("weight", [kFp8StaticChannelSym, kFp8StaticTensorSym])
-def test_schemes_it_implements(activation, weight):
-    assert PackedFp8LinearKernel.can_implement(config(activation, weight)) == (True, None)
+@pytest.mark.parametrize(
+    "activation, weights, scheme",
+    [
+        (kFp8DynamicTokenSym, (kFp8StaticChannelSym, kFp8StaticTokenSym, kFp8StaticTensorSym), "per-token"),
+        (kFp8DynamicTensorSym, (kFp8StaticChannelSym, kFp8StaticTokenSym, kFp8StaticTensorSym), "per-token"),
+        (kFp8StaticTensorSym, (kFp8StaticChannelSym, kFp8StaticTokenSym, kFp8StaticTensorSym), "static"),
+        (kFp8Dynamic128Sym, (kFp8Static128BlockSym,), "block"),
+    ],
+)
+def test_schemes_it_implements(activation, weights, scheme):
+    for weight in weights:
+        assert PackedFp8LinearKernel.can_implement(config(activation, weight)) == (True, None)
+        found, _ = schemes.find(activation, weight)
+        assert found.name == scheme
 
 
 @pytest.mark.parametrize(
     "activation, weight, reason",
     [
-        (kFp8StaticTensorSym, kFp8StaticTensorSym, "needs dynamic per-token"),
-        (kFp8Dynamic128Sym, kFp8StaticChannelSym, "needs dynamic per-token"),
+        (kFp8Dynamic64Sym, kFp8Static128BlockSym, "needs dynamic per-token"),
+        (kFp8Dynamic128Sym, kFp8StaticChannelSym, "needs 128 x 128 block weights"),
         (kFp8DynamicTokenSym, kFp8Static128BlockSym, "needs per-channel or per-tensor weights"),
     ],
 )
@@ -160,3 +180,66 @@ def test_wrong_input_is_refused():
 def test_advertises_packed_rows_only():
     kernel, _, _ = make()
     assert kernel.input_quant_key() == PACKED_KEY != kFp8DynamicTokenSym
+
+
+def test_static_rows_and_plain_input_give_the_exact_product():
+    torch.manual_seed(0)
+    with set_current_vllm_config(VllmConfig()):
+        kernel = PackedFp8LinearKernel(config(kFp8StaticTensorSym, kFp8StaticTensorSym), NAMES)
+    _, layer, weight = make(kFp8StaticTensorSym, limit=448.0)
+    layer.input_scale = torch.nn.Parameter(torch.tensor(0.01), requires_grad=False)
+    kernel.process_weights_after_loading(layer)
+    assert kernel.input_quant_key() == CODES_KEY and layer.rmsq_halved
+    assert layer.input_scale.tolist() == [pytest.approx(0.02)]  # the codes are half of those of ±448
+    x = torch.randn(5, H, dtype=torch.bfloat16)
+    codes = ops.rms_norm_quant(x, None, static_scale=layer.input_scale, backend="torch")
+    expected = codes.view(torch.float8_e4m3fn).double() * 0.02 @ weight.double().t()
+    for given in (x, CodesActivation.of(codes, x.dtype, layer.input_scale)):
+        torch.testing.assert_close(
+            kernel.apply_weights(layer, given).double(), expected, rtol=2**-7, atol=2**-7
+        )
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_static_scale_that_is_no_positive_number_is_refused(scale):
+    with set_current_vllm_config(VllmConfig()):
+        kernel = PackedFp8LinearKernel(config(kFp8StaticTensorSym, kFp8StaticTensorSym), NAMES)
+    _, layer, _ = make(kFp8StaticTensorSym)
+    layer.input_scale = torch.nn.Parameter(torch.tensor(scale), requires_grad=False)
+    with pytest.raises(ValueError, match=r"input_scale: expected a positive number, got .*corrupt"):
+        kernel.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("read_by_vllm", [False, True])
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+def test_block_scales(name, read_by_vllm):
+    """vLLM's MLA attention reads one of its weights itself: that one stays as the checkpoint has it."""
+    torch.manual_seed(0)
+    shape = (200, 160)
+    block = config(kFp8Dynamic128Sym, kFp8Static128BlockSym)
+    block.weight_shape = shape
+    with set_current_vllm_config(VllmConfig()):
+        kernel = PackedFp8LinearKernel(block, NAMES)
+    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 2) + 0.5
+    layer = torch.nn.Module()
+    layer._cpu_skip_gemm_dispatch = read_by_vllm
+    layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+    setattr(layer, name, torch.nn.Parameter(scale, requires_grad=False))
+    kernel.process_weights_after_loading(layer)
+    assert (layer.weight.dtype == torch.float8_e4m3fn) == read_by_vllm
+    got = kernel.apply_weights(layer, torch.eye(160, dtype=torch.bfloat16))
+    expected = codes.float() * weights.expand_block_scale(scale, *shape)
+    torch.testing.assert_close(got.float().t(), expected, rtol=2**-7, atol=1e-6)
+
+
+def test_weights_of_shards_keep_their_scales():
+    """What vLLM does to them in between is not seen: it takes them for one shard."""
+    kernel, layer, _ = make(kFp8StaticTensorSym)
+    layer.logical_widths = [32, 16]
+    layer.weight_scale = torch.nn.Parameter(torch.tensor([0.5, 2.0]), requires_grad=False)
+    kernel.keep_shard_scales(layer)
+    assert layer.weight_scale.max() == 2 and layer.weight_scale[-1] < -448
+    layer.weight_scale = torch.nn.Parameter(layer.weight_scale.max(), requires_grad=False)  # as vLLM does
+    kernel.process_weights_after_loading(layer)
+    assert layer.weight_scale.tolist() == [0.5] * 32 + [2.0] * 16

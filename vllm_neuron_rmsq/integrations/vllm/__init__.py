@@ -7,6 +7,7 @@ names; nothing else here imports ``vllm``.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 from vllm_neuron_rmsq import backends, settings
@@ -24,7 +25,8 @@ def apply() -> None:
     2. The plugin's environment variables are made known to vLLM.
     3. ``RMSNormQuant`` is registered as the out-of-tree ``RMSNorm``, and its sister as the norm of vLLM's
        Transformers backend: stock until they are bound.
-    4. ``PackedFp8LinearKernel`` is registered as an FP8 linear kernel and put first.
+    4. Our FP8 linear kernels are put first among vLLM's, and what vLLM's CPU build lacks to
+       process weights for it is there.
     5. The model loader is patched: it binds norms to linears once the weights are final.
     """
     missing = versions.missing()
@@ -39,17 +41,18 @@ def apply() -> None:
 
     # Only now: these modules derive from vLLM's classes.
     from vllm_neuron_rmsq.integrations.vllm import linear, loader, rms_norm
-    from vllm_neuron_rmsq.patches import env_variables, linear_kernel_order, model_loader
+    from vllm_neuron_rmsq.patches import cpu_fp8_quant, env_variables, linear_kernel_order, model_loader
 
     env_variables.apply(versions.environment_variables, settings.variables())
     for in_tree, ours in rms_norm.REPLACEMENTS.items():
         _replace(in_tree, ours)
+    platform = versions.current_platform._enum
+    with_activations = [versions._POSSIBLE_FP8_KERNELS, versions._POSSIBLE_FP8_BLOCK_KERNELS]
+    linear_kernel_order.apply(linear.PackedFp8LinearKernel, platform, with_activations)
     linear_kernel_order.apply(
-        linear.PackedFp8LinearKernel,
-        versions.current_platform._enum,
-        versions.register_linear_kernel,
-        versions._POSSIBLE_FP8_KERNELS,
+        linear.WeightOnlyFp8LinearKernel, platform, [versions._POSSIBLE_WFP8A16_KERNELS]
     )
+    cpu_fp8_quant.apply(sys.modules[versions.scaled_fp8_quant.__module__])
     model_loader.apply(versions.BaseModelLoader, loader.load_model)
 
 

@@ -1,4 +1,4 @@
-"""What a fused layer hands to the linears behind it: vLLM's ``QuantizedActivation`` holding a packed tensor.
+"""What a fused layer hands to the linears behind it: vLLM's ``QuantizedActivation`` holding rows of a scheme.
 
 Dimensions:
     H: features of the activation
@@ -14,24 +14,21 @@ import torch
 from vllm_neuron_rmsq import packed as fmt
 from vllm_neuron_rmsq.integrations.vllm.versions import GroupShape, QuantizedActivation, QuantKey, ScaleDesc
 
+# No stock kernel has a uint8 key, so rows that stray are refused there.
 PACKED_KEY = QuantKey(torch.uint8, ScaleDesc(torch.float32, False, GroupShape.PER_TOKEN))
-"""Key of packed rows. No stock kernel has a uint8 key, so a packed tensor that strays is refused there."""
+"""Key of packed rows, which bring their scale."""
+
+CODES_KEY = QuantKey(torch.uint8, ScaleDesc(torch.float32, True, GroupShape.PER_TENSOR))
+"""Key of codes whose scale the linear knows."""
 
 
-@dataclass
-class PackedActivation(QuantizedActivation):
-    """Packed rows on their way from a fused layer to its linears.
+class RowsActivation(QuantizedActivation):
+    """Rows on their way from a fused layer to its linears.
 
-    ``data`` is the packed tensor, ``[..., H + 4]`` uint8, written once; ``scale`` is a view of its last
-    4 bytes, ``[..., 4]`` uint8. ``shape``, ``dtype`` and ``size`` are those of the activation it stands
+    ``data`` is what the layer wrote, once. ``shape``, ``dtype`` and ``size`` are those of the activation it
+    stands
     for: Hugging Face's attention asks for them.
     """
-
-    @classmethod
-    def of(cls, packed: torch.Tensor, dtype: torch.dtype) -> PackedActivation:
-        """Wrap packed rows, ``[..., H + 4]``, of an activation ``[..., H]`` that had ``dtype``."""
-        shape = torch.Size((*packed.shape[:-1], packed.shape[-1] - fmt.SCALE_BYTES))
-        return cls(packed, packed[..., -fmt.SCALE_BYTES :], dtype, shape, PACKED_KEY)
 
     @property
     def shape(self) -> torch.Size:
@@ -47,3 +44,26 @@ class PackedActivation(QuantizedActivation):
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.orig_shape if dim is None else self.orig_shape[dim]
+
+
+@dataclass
+class PackedActivation(RowsActivation):
+    """Packed rows, ``[..., H + 4]`` uint8; ``scale`` is a view of their last 4 bytes, ``[..., 4]`` uint8."""
+
+    @classmethod
+    def of(
+        cls, packed: torch.Tensor, dtype: torch.dtype, static_scale: torch.Tensor | None = None
+    ) -> PackedActivation:
+        """Wrap packed rows, ``[..., H + 4]``, of an activation ``[..., H]`` that had ``dtype``."""
+        shape = torch.Size((*packed.shape[:-1], packed.shape[-1] - fmt.SCALE_BYTES))
+        return cls(packed, packed[..., -fmt.SCALE_BYTES :], dtype, shape, PACKED_KEY)
+
+
+@dataclass
+class CodesActivation(RowsActivation):
+    """Codes, ``[..., H]`` uint8; ``scale`` is the one given for all of them, ``[1]`` fp32."""
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, dtype: torch.dtype, static_scale: torch.Tensor) -> CodesActivation:
+        """Wrap codes ``[..., H]`` of an activation that had ``dtype``."""
+        return cls(codes, static_scale, dtype, codes.shape, CODES_KEY)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from vllm_neuron_rmsq import backends, settings, target
-from vllm_neuron_rmsq.integrations.vllm import proof, schemes, silu_mul, versions
+from vllm_neuron_rmsq.integrations.vllm import proof, silu_mul, versions
 from vllm_neuron_rmsq.integrations.vllm.report import FusionReport, LayerReport
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import FusableNorm
 from vllm_neuron_rmsq.integrations.vllm.schemes import Binding, Scheme
@@ -48,7 +50,8 @@ def bind(model: nn.Module, vllm_config: Any, model_config: Any) -> FusionReport 
     report = FusionReport(backend, choice.target)
     names = {module: name for name, module in model.named_modules()}
     linears = {module: scheme for module in names if (scheme := _scheme(module))}
-    report.linears = len(linears)
+    report.schemes = dict(Counter(scheme.name for scheme in linears.values()))
+    report.weight_only = sum(getattr(module, "rmsq_weight_only", False) for module in names)
     report.halved = sum(getattr(module, "rmsq_halved", False) for module in linears)
     norms = _norms(names, report, model_config.get_hidden_size())
     activations = _activations(names, report)
@@ -73,8 +76,9 @@ def bind(model: nn.Module, vllm_config: Any, model_config: Any) -> FusionReport 
                     or adapted(model, lora, layer.linears)
                 )
                 if not layer.reason:
-                    scheme = linears[finding.linears[0]]
-                    producer.bind(Binding(scheme, backend, target.get(choice.target)))
+                    first = finding.linears[0]
+                    scale = static_scale(first, linears[first])
+                    producer.bind(Binding(linears[first], backend, target.get(choice.target), scale))
     report.log()
     model.rmsq_report = report  # type: ignore[assignment]
     unfused = [entry for entry in report.norms if entry.decoder and entry.reason]
@@ -118,9 +122,8 @@ def _activations(names: Mapping, report: FusionReport) -> dict[silu_mul.Place, L
 
 
 def _scheme(module: nn.Module) -> Scheme | None:
-    """The scheme of a packed FP8 linear, told by the key of the rows it takes; ``None`` for other modules."""
-    key = versions.exposed_input_quant_key(module)
-    return next((scheme for scheme in schemes.SCHEMES if key == scheme.rows), None)
+    """The scheme of a packed FP8 linear, as its kernel wrote it there; ``None`` for other modules."""
+    return getattr(module, "rmsq_scheme", None)
 
 
 def _general_reason(choice: settings.Settings, linears: Mapping) -> str:
@@ -159,11 +162,21 @@ def misfit(
     finding: proof.Finding, linears: Mapping[nn.Module, Scheme], names: Mapping[nn.Module, str]
 ) -> str:
     """Say why a producer cannot hand rows to the linears that opened its output, or an empty string."""
-    scheme = linears[finding.linears[0]]
+    first = finding.linears[0]
     for linear in finding.linears:
-        if versions.get_input_quant_key(linear) != scheme.rows:
+        if versions.get_input_quant_key(linear) != linears[linear].rows:
             return f"{names[linear]} needs unquantized input"
+        (one, scale), (other, other_scale) = (
+            (linears[at], static_scale(at, linears[at])) for at in (first, linear)
+        )
+        if one.rows != other.rows or scale != other_scale:
+            return f"{names[first]} and {names[linear]}, which read it, quantize it in different ways"
         width = linear.input_size_per_partition
         if width != finding.width:
             return f"it is {finding.width} wide and {names[linear]} takes {width} features"
     return ""
+
+
+def static_scale(linear: nn.Module, scheme: Scheme) -> torch.Tensor | None:
+    """The scale of a linear's activations, ``[1]`` fp32, where the checkpoint gives it; else ``None``."""
+    return linear.input_scale if scheme.static else None  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The consumer: an FP8 linear kernel for vLLM that multiplies packed rows.
+"""The consumers: FP8 linear kernels for vLLM. One multiplies rows of a scheme, one is for weights alone.
 
 Dimensions:
     H: input features
@@ -8,6 +8,8 @@ Dimensions:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +24,21 @@ from vllm_neuron_rmsq.integrations.vllm.versions import (
     replace_parameter,
 )
 
+UNLOADED = torch.finfo(torch.float32).min
+"""vLLM's mark of a scale that the checkpoint does not have."""
+
 
 class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
-    """Multiplies packed rows by an FP8 weight with a per-channel or per-tensor scale.
+    """Multiplies rows of a scheme by an FP8 weight, in every linear whose keys a scheme has.
 
-    Takes a ``PackedActivation`` from a fused norm as it is; anything else it quantizes and packs itself,
-    by the same contract.
+    Takes the rows of a fused layer as they are; anything else it quantizes itself, by the same contract.
+
+    Attributes:
+        scheme, backend, target: how it computes, and with what.
+        shard_scale: the scales that :meth:`keep_shard_scales` kept, until the weight is processed.
     """
+
+    shard_scale: torch.Tensor | None = None
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -53,30 +63,75 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
     def input_quant_key(self):
         return self.scheme.rows
 
+    def keep_shard_scales(self, layer: torch.nn.Module) -> None:
+        """Keep the scale of each shard of a per-tensor weight, one for each of its outputs.
+
+        A fused linear (q, k and v; gate and up) has as many weight scales as shards. vLLM brings all shards
+        to the largest one when it processes the weight, which rounds nearly every code anew. After this it
+        takes them for one shard that was fused in the checkpoint, where the scales not loaded are
+        ``UNLOADED``. To be called between loading and ``process_weights_after_loading`` of the linear's
+        method.
+        """
+        weight_name, name = self.layer_param_names[:2]
+        if self.config.weight_quant_key != versions.kFp8StaticTensorSym or not hasattr(layer, name):
+            return
+        if getattr(layer, weight_name).dtype != torch.float8_e4m3fn:
+            return  # it is processed already, as an unquantized checkpoint's is
+        scale = getattr(layer, name)
+        if scale.dim() != 1:
+            return
+        loaded, largest = scale.data, scale.data.max()
+        shards: list[int] = layer.logical_widths  # type: ignore[assignment]
+        if len(loaded) == len(shards) and loaded[-1] != UNLOADED:
+            widths = torch.tensor(shards, device=loaded.device)
+            self.shard_scale = loaded.repeat_interleave(widths) if len(loaded) > 1 else loaded
+            one = torch.stack([largest, torch.full_like(largest, UNLOADED)])
+            setattr(layer, name, torch.nn.Parameter(one, requires_grad=False))
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Bring the weight within the target's range and lay it out for the backend's matmul.
 
-        vLLM hands it over as ``[H, N]``, a transposed view of ``[N, H]``; afterwards ``layer.weight`` is
-        uint8 in the backend's layout and ``layer.weight_scale`` fp32 ``[N]`` or ``[1]``.
+        vLLM hands it over as ``[H, N]``, a transposed view of ``[N, H]``, and with block scales as ``[N,
+        H]``. Afterwards ``layer.weight`` is uint8 in the backend's layout, its scale fp32 ``[N]``, ``[1]`` or
+        ``[ceil(N / 128), ceil(H / 128)]`` and, with a static scheme, ``layer.input_scale`` fp32 ``[1]``. The
+        layer says from now on which rows it takes, under vLLM's key and as ``layer.rmsq_scheme``.
 
         Raises:
-            ValueError: weight or scale have another shape than expected, or hold NaN or Inf.
+            ValueError: weight or scale have another shape than expected, hold NaN or Inf, or the scale of the
+                activations is not a positive number.
         """
-        weight_name, scale_name = self.layer_param_names[:2]
-        weight, scale = getattr(layer, weight_name).data, getattr(layer, scale_name).data
-        out_features, in_features = self.config.weight_shape
-        if weight.shape != (in_features, out_features):
-            raise ValueError(
-                f"weight: expected shape {[in_features, out_features]} after loading, "
-                f"got {list(weight.shape)}"
-            )
-        codes = weight.t().contiguous().view(torch.uint8)
-        scale = scale.reshape(-1).float()
+        weight_name, scale_name, input_scale_name = self.layer_param_names = _parameters(self, layer)
+        codes, scale = _codes_and_scale(self, layer, self.scheme.blocks)
+        if self.shard_scale is not None:
+            scale, self.shard_scale = self.shard_scale, None
+        if self.scheme.static:
+            self._process_input_scale(layer, input_scale_name)
+        layer.rmsq_scheme = self.scheme  # type: ignore[assignment]
+        versions.expose_input_quant_key(layer, self)  # not every linear method of vLLM's does
+        if _read_by_vllm(layer):
+            return
         codes, scale, halved = weights.fit(codes, scale, self.target)
-        layer.rmsq_halved = halved  # type: ignore[assignment]
         prepacked = ops.prepack_fp8_weight(codes, scale, self.backend)
         replace_parameter(layer, weight_name, torch.nn.Parameter(prepacked.data, requires_grad=False))
         replace_parameter(layer, scale_name, torch.nn.Parameter(scale, requires_grad=False))
+        layer.rmsq_halved = halved  # type: ignore[assignment]
+
+    def _process_input_scale(self, layer: torch.nn.Module, name: str) -> None:
+        """Bring the static scale of the activations to the target's range.
+
+        A checkpoint that has none (ModelOpt writes such ones) leaves it to who runs it: then a scale per
+        token.
+        """
+        scale = getattr(layer, name).data.float().reshape(1)
+        if scale == UNLOADED:
+            self.scheme = schemes.per_token.SCHEME
+            return
+        if not (scale.isfinite() and scale > 0):
+            raise ValueError(
+                f"{name}: expected a positive number, got {scale.item()}; the checkpoint is corrupt"
+            )
+        scale = self.target.static_scale(scale)
+        replace_parameter(layer, name, torch.nn.Parameter(scale, requires_grad=False))
 
     def apply_weights(
         self,
@@ -84,25 +139,136 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         x: torch.Tensor | QuantizedActivation,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return ``[..., N]`` for ``x`` ``[..., H]``, plain or packed."""
+        """Return ``[..., N]`` for ``x`` ``[..., H]``, plain or rows of the scheme."""
+        weight_name, scale_name, input_scale_name = self.layer_param_names
+        static_scale = getattr(layer, input_scale_name) if self.scheme.static else None
         activation = as_quantized_activation(x, self.scheme.rows)
         if activation is None:
-            rows = self.scheme.quantize(x, target=self.target, backend=self.backend)
+            rows = self.scheme.quantize(
+                x, static_scale=static_scale, target=self.target, backend=self.backend
+            )
             dtype = x.dtype
         else:
             rows, dtype = activation.data, activation.orig_dtype
-        weight, scale = (getattr(layer, name) for name in self.layer_param_names[:2])
+        options = {"bias": bias, "static_scale": static_scale, "out_dtype": self.config.out_dtype or dtype}
+        if _read_by_vllm(layer):
+            codes, scale = _codes_and_scale(self, layer, self.scheme.blocks)
+            return self.scheme.multiply(rows, codes, scale, backend="torch", **options)
+        weight, scale = getattr(layer, weight_name), getattr(layer, scale_name)
         out_features, in_features = self.config.weight_shape
-        return self.scheme.multiply(
-            rows,
-            ops.PrepackedWeight(weight, out_features, in_features, self.backend),
-            scale,
-            bias=bias,
-            out_dtype=self.config.out_dtype or dtype,
-        )
+        prepacked = ops.PrepackedWeight(weight, out_features, in_features, self.backend, self.scheme.blocks)
+        return self.scheme.multiply(rows, prepacked, scale, **options)
 
     def apply_scaled_mm(self, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("PackedFp8LinearKernel multiplies packed rows in apply_weights")
+
+
+class WeightOnlyFp8LinearKernel(FP8ScaledMMLinearKernel):
+    """Multiplies plain activations by what an FP8 weight stands for, in the model's dtype.
+
+    For checkpoints that quantize nothing but weights. The weight takes twice the checkpoint's room.
+    """
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        backend, reason = _backend()
+        return (True, None) if backend else (False, reason)
+
+    @classmethod
+    def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
+        keys = [key for scheme in schemes.SCHEMES for key in scheme.weight_keys]
+        if c.weight_quant_key in keys:
+            return True, None
+        return False, f"needs per-channel, per-tensor or 128 x 128 block weights, not {c.weight_quant_key}"
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the codes, ``[H, N]`` or with block scales ``[N, H]``, by the numbers, ``[N, H]``.
+
+        Raises:
+            ValueError: weight or scale have another shape than expected, or hold NaN or Inf.
+        """
+        self.layer_param_names = _parameters(self, layer)
+        blocks = self.config.weight_quant_key in schemes.block.SCHEME.weight_keys
+        codes, scale = _codes_and_scale(self, layer, blocks)
+        codes, scale, _ = weights.fit(codes, scale, target.get("trn3"))  # no code is beyond that one's range
+        weight = weights.dequantize(codes, scale, self.config.out_dtype)
+        replace_parameter(layer, self.layer_param_names[0], torch.nn.Parameter(weight, requires_grad=False))
+        layer.rmsq_weight_only = True  # type: ignore[assignment]
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return ``[..., N]`` for ``x`` ``[..., H]``."""
+        return torch.nn.functional.linear(x, getattr(layer, self.layer_param_names[0]), bias)
+
+    def apply_scaled_mm(self, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError("WeightOnlyFp8LinearKernel multiplies in apply_weights")
+
+
+NAMES = (PackedFp8LinearKernel.__name__, WeightOnlyFp8LinearKernel.__name__)
+"""As vLLM's messages call our kernels."""
+
+
+def _parameters(kernel: FP8ScaledMMLinearKernel, layer: torch.nn.Module) -> list[str]:
+    """Return the names of a linear's weight, its scale and the static scale of its activations."""
+    weight, scale, input_scale = kernel.layer_param_names[:3]
+    if not hasattr(layer, scale):
+        scale = f"{scale}_inv"  # DeepSeek's name for the scales of blocks, and so `fp8`'s
+    return [weight, scale, input_scale]
+
+
+def _codes_and_scale(
+    kernel: FP8ScaledMMLinearKernel, layer: torch.nn.Module, blocks: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a loaded weight, ``[N, H]`` uint8, and its scale: ``[N]``, ``[1]`` or blocks."""
+    weight, scale = (getattr(layer, name).data for name in kernel.layer_param_names[:2])
+    out_features, in_features = kernel.config.weight_shape
+    expected = (out_features, in_features) if blocks else (in_features, out_features)
+    if weight.shape != expected:
+        raise ValueError(f"weight: expected shape {list(expected)} after loading, got {list(weight.shape)}")
+    codes = (weight if blocks else weight.t()).contiguous().view(torch.uint8)
+    return codes, scale.float() if blocks else scale.float().reshape(-1)
+
+
+def _read_by_vllm(layer: torch.nn.Module) -> bool:
+    """Whether vLLM itself reads a weight, which must stay in its layout then: MLA's ``kv_b_proj``."""
+    return getattr(layer, "_cpu_skip_gemm_dispatch", False)
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """Have vLLM process the weights of our FP8 linears as they want it. Before they are loaded.
+
+    vLLM processes a weight when all are loaded, or each as soon as it is, at the first load and at later
+    ones. So what is to happen around it is put around the method that does it, of the linear's own object.
+    """
+    for name, layer in model.named_modules():
+        owners: list[Any] = [getattr(layer, "quant_method", None), getattr(layer, "scheme", None)]
+        for owner in owners:
+            for kernel in list(vars(owner).values()) if hasattr(owner, "__dict__") else ():
+                if isinstance(kernel, PackedFp8LinearKernel | WeightOnlyFp8LinearKernel):
+                    process = owner.process_weights_after_loading
+                    owner.process_weights_after_loading = functools.partial(_process, kernel, name, process)
+                    # FBGEMM's would lay the weight out for a kernel of GPUs, if this is none with FP8.
+                    if getattr(getattr(owner, "quant_config", None), "use_marlin", False):
+                        owner.quant_config.use_marlin = False
+                    # compressed-tensors' for blocks of weights alone asserts that this is False.
+                    if getattr(owner, "is_static_input_scheme", False) is None:
+                        owner.is_static_input_scheme = False
+
+
+def _process(
+    kernel: PackedFp8LinearKernel | WeightOnlyFp8LinearKernel,
+    name: str,
+    process: Callable,
+    layer: torch.nn.Module,
+) -> None:
+    """Process the weight of the linear ``name`` by ``process``, vLLM's method."""
+    if isinstance(kernel, PackedFp8LinearKernel):
+        kernel.keep_shard_scales(layer)
+    try:
+        process(layer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _backend() -> tuple[str | None, str]:

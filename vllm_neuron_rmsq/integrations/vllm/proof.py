@@ -190,7 +190,8 @@ class _OwnOperators(TorchDispatchMode):
             hidden = args[0]
             if isinstance(hidden, OutputProbe):
                 hidden = hidden.open(self.running[-1])
-            width = hidden.shape[-1] + fmt.SCALE_BYTES
+            static_scale = args[4]
+            width = hidden.shape[-1] + (fmt.SCALE_BYTES if static_scale is None else 0)
             return hidden.new_zeros((*hidden.shape[:-1], width), dtype=torch.uint8)
         return func(*args, **(kwargs or {}))
 

@@ -36,17 +36,24 @@ class FusionReport:
     Attributes:
         backend, target: who computes, and its code range.
         norms: one entry per RMSNorm layer.
-        linears: how many FP8 linears multiply packed rows.
+        schemes: how many FP8 linears multiply packed rows, by the name of their scheme.
         halved: how many of those had weights beyond ±240, halved for trn2.
         activations: one entry per SiluAndMul layer, SiLU of a gate times up.
+        weight_only: how many FP8 linears have plain activations, and multiply in the model's dtype.
     """
 
     backend: str
     target: str
     norms: list[LayerReport] = field(default_factory=list)
-    linears: int = 0
+    schemes: dict[str, int] = field(default_factory=dict)
     halved: int = 0
     activations: list[LayerReport] = field(default_factory=list)
+    weight_only: int = 0
+
+    @property
+    def linears(self) -> int:
+        """How many FP8 linears multiply packed rows."""
+        return sum(self.schemes.values())
 
     @property
     def fused(self) -> list[LayerReport]:
@@ -78,7 +85,7 @@ class FusionReport:
         ):
             gauges.append(metrics.Gauge(name, len(fused), {"state": "fused"}))
             gauges.append(metrics.Gauge(name, len(layers) - len(fused), {"state": "stock"}))
-        gauges.append(metrics.Gauge("linears", self.linears, {"scheme": "per-token"}))
+        gauges += [metrics.Gauge("linears", count, {"scheme": name}) for name, count in self.schemes.items()]
         gauges.append(metrics.Gauge("halved_linears", self.halved))
         metrics.publish(labels, gauges, backend.counts)
 
@@ -87,8 +94,14 @@ class FusionReport:
             f"{len(self.fused)} of {len(self.norms)} RMSNorm layers fused "
             f"(backend {self.backend}, target {self.target}), {self.linears} packed FP8 linears"
         )
+        if len(self.schemes) > 1:
+            text += f" ({', '.join(f'{count} {name}' for name, count in sorted(self.schemes.items()))})"
+        elif self.schemes:
+            text += f" ({', '.join(self.schemes)})"
         if self.halved:
             text += f", {self.halved} with weights beyond ±240 halved"
+        if self.weight_only:
+            text += f"; {self.weight_only} weight-only FP8 linears multiply in the model's dtype"
         if self.activations:
             text += f"; {len(self.fused_activations)} of {len(self.activations)} SiluAndMul layers fused"
         return text

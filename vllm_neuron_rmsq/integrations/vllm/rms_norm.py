@@ -38,17 +38,22 @@ class FusableNorm:
             residual: like ``x``.
 
         Returns:
-            the normalized activation, ``[..., H]`` (stock) or a ``PackedActivation`` of that shape (fused);
+            the normalized activation, ``[..., H]`` (stock) or rows that stand for it (fused);
             with a residual a pair of that and ``x + residual``.
         """
         if self.binding is None:
             return super().forward(x, residual)  # type: ignore[misc]  # vLLM's class comes after this one
-        scheme, backend, target = self.binding
-        options = {"eps": self.variance_epsilon, "backend": backend, "target": target}
+        scheme, backend, target, scale = self.binding
+        options = {
+            "eps": self.variance_epsilon,
+            "static_scale": scale,
+            "backend": backend,
+            "target": target,
+        }
         if residual is None:
-            return scheme.wrap(scheme.norm(x, self.gamma(), **options), x.dtype)
+            return scheme.wrap(scheme.norm(x, self.gamma(), **options), x.dtype, scale)
         rows, residual_out = scheme.norm(x, self.gamma(), residual=residual, **options)
-        return scheme.wrap(rows, x.dtype), residual_out
+        return scheme.wrap(rows, x.dtype, scale), residual_out
 
     def gamma(self) -> torch.Tensor | None:
         """Return what a normalized row is multiplied by, ``[H]``, or ``None`` for nothing."""

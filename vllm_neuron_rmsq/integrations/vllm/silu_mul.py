@@ -44,10 +44,11 @@ class SiluMulQuant(nn.Module):
         del self.forward
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Return a ``PackedActivation`` ``[..., I]`` of ``x`` ``[..., 2 I]``, gate then up."""
+        """Return rows of the scheme, an activation ``[..., I]``, of ``x`` ``[..., 2 I]``, gate then up."""
         assert self.binding is not None
-        scheme, backend, target = self.binding
-        return scheme.wrap(scheme.silu_mul(x, target=target, backend=backend), x.dtype)
+        scheme, backend, target, scale = self.binding
+        rows = scheme.silu_mul(x, static_scale=scale, target=target, backend=backend)
+        return scheme.wrap(rows, x.dtype, scale)
 
     def unfit(self) -> str:
         """Say why it could not be fused whoever reads it: there is no such reason."""

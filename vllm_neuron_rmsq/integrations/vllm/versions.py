@@ -50,7 +50,9 @@ NEEDED: dict[str, str | None] = {
     "vllm.model_executor.layers.activation:SiluAndMul.forward_native": "x",
     # FP8 linears
     "vllm.model_executor.kernels.linear:_POSSIBLE_FP8_KERNELS": None,
-    "vllm.model_executor.kernels.linear:register_linear_kernel": "kernel_class, platform, kernel_type",
+    "vllm.model_executor.kernels.linear:_POSSIBLE_FP8_BLOCK_KERNELS": None,
+    "vllm.model_executor.kernels.linear:_POSSIBLE_WFP8A16_KERNELS": None,
+    "vllm._custom_ops:scaled_fp8_quant": "input, scale",
     **{
         f"vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel:{name}": call
         for name, call in {
@@ -85,19 +87,24 @@ NEEDED: dict[str, str | None] = {
     **{
         f"vllm.model_executor.layers.quantization.utils.quant_utils:{name}": call
         for name, call in {
+            "GroupShape.PER_TENSOR": None,
             "GroupShape.PER_TOKEN": None,
             "QuantKey": "dtype, scale",
             "ScaleDesc": "dtype, static, group_shape",
+            "kFp8Dynamic128Sym": None,
             "kFp8DynamicTensorSym": None,
             "kFp8DynamicTokenSym": None,
+            "kFp8Static128BlockSym": None,
             "kFp8StaticChannelSym": None,
             "kFp8StaticTensorSym": None,
+            "kFp8StaticTokenSym": None,
         }.items()
     },
     # Loading a model, and running it once
     "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model": (
         "self, vllm_config, model_config"
     ),
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights": "self, model, model_config",
     "vllm.config:VllmConfig.additional_config": None,
     "vllm.config:VllmConfig.device_config": None,
     "vllm.config:VllmConfig.load_config": None,

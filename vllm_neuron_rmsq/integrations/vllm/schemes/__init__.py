@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_neuron_rmsq.integrations.vllm.schemes import per_token
+from vllm_neuron_rmsq.integrations.vllm.schemes import block, per_token, static
 from vllm_neuron_rmsq.integrations.vllm.schemes.base import Binding, Scheme
 
 __all__ = ["SCHEMES", "Binding", "Scheme", "find"]
 
-SCHEMES: tuple[Scheme, ...] = (per_token.SCHEME,)
+SCHEMES: tuple[Scheme, ...] = (per_token.SCHEME, static.SCHEME, block.SCHEME)
 
 
 def find(activation_key: Any, weight_key: Any) -> tuple[Scheme | None, str]:

@@ -6,12 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from vllm_neuron_rmsq import ops
 from vllm_neuron_rmsq.target import Target
+
+
+def quantize(
+    hidden: torch.Tensor, *, static_scale: torch.Tensor | None, target: Target, backend: str
+) -> torch.Tensor:
+    """Quantize ``hidden`` ``[..., H]`` as it is: the norm's op without a norm."""
+    return ops.rms_norm_quant(hidden, None, static_scale=static_scale, target=target, backend=backend)
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How one kind of FP8 checkpoint is quantized.
+
+    Where ``static_scale`` stands below, it is what the linear's checkpoint gives, ``[1]`` fp32, when the
+    scheme is ``static``, and ``None`` otherwise.
 
     Dimensions:
         H: features of a row
@@ -20,23 +33,26 @@ class Scheme:
         ...: rows (tokens)
 
     Attributes:
-        name: for messages.
+        name: for messages and the report.
         activation_keys: vLLM's ``QuantKey`` of the activations that it serves.
         activations: the same in words, "dynamic per-token".
         weight_keys: vLLM's ``QuantKey`` of the weights that it serves.
         weights: the same in words, "per-channel".
         rows: the key under which a linear takes rows and a producer hands them over. It stands for the format
-            of the rows, so no two formats share one.
-        wrap: ``(rows, dtype)``: what a producer hands over, a ``QuantizedActivation`` with key ``rows`` that
-            stands for an activation of ``dtype``.
-        norm: ``(hidden, weight, *, eps, residual, target, backend)``, as ``ops.rms_norm_quant``: rows of the
-            normalized ``hidden`` (``[..., H]``), and ``residual_out`` when a residual is given.
-        silu_mul: ``(gate_up, *, target, backend)``, as ``ops.silu_mul_quant``: rows of SiLU of the gate times
-            up, of ``gate_up`` (``[..., 2 I]``).
-        quantize: ``(hidden, *, target, backend)``: rows of ``hidden`` as it is, for a linear that gets it
-            plain.
-        multiply: ``(rows, weight, weight_scale, *, bias, out_dtype)``, as ``ops.packed_fp8_linear``:
-            ``[..., N]``.
+            of the rows: schemes share it when they share the format.
+        wrap: ``(rows, dtype, static_scale)``: what a producer hands over, a ``QuantizedActivation`` with key
+            ``rows`` that stands for an activation of ``dtype``.
+        static: whether activations are quantized by one scale that the checkpoint gives for each linear.
+        blocks: whether a weight has a scale for each block of 128 x 128.
+        norm: ``(hidden, weight, *, eps, residual, static_scale, target, backend)``, as
+            ``ops.rms_norm_quant``: rows of the normalized ``hidden`` (``[..., H]``), and ``residual_out``
+            when a residual is given.
+        silu_mul: ``(gate_up, *, static_scale, target, backend)``, as ``ops.silu_mul_quant``: rows of SiLU of
+            the gate times up, of ``gate_up`` (``[..., 2 I]``).
+        quantize: ``(hidden, *, static_scale, target, backend)``: rows of ``hidden`` as it is, for a linear
+            that gets it plain.
+        multiply: ``(rows, weight, weight_scale, *, bias, static_scale, out_dtype)``, as
+            ``ops.packed_fp8_linear``: ``[..., N]``.
     """
 
     name: str
@@ -46,10 +62,12 @@ class Scheme:
     weights: str
     rows: Any
     wrap: Callable[..., Any]
-    norm: Callable[..., Any]
-    silu_mul: Callable[..., Any]
-    quantize: Callable[..., Any]
-    multiply: Callable[..., Any]
+    static: bool = False
+    blocks: bool = False
+    norm: Callable[..., Any] = ops.rms_norm_quant
+    silu_mul: Callable[..., Any] = ops.silu_mul_quant
+    quantize: Callable[..., Any] = quantize
+    multiply: Callable[..., Any] = ops.packed_fp8_linear
 
     def refuse(self, activation_key: Any, weight_key: Any) -> str | None:
         """Say why a linear with these keys is not of this scheme, or return ``None`` when it is."""
@@ -61,8 +79,15 @@ class Scheme:
 
 
 class Binding(NamedTuple):
-    """What a producer that is proven to feed only packed FP8 linears computes, and with what."""
+    """What a producer that is proven to feed only packed FP8 linears computes, and with what.
+
+    Attributes:
+        scheme, backend, target: of the linears that it feeds.
+        static_scale: theirs, the tensor itself: when vLLM loads other weights into them, it changes with
+            them. ``None`` when the scheme is not static.
+    """
 
     scheme: Scheme
     backend: str
     target: Target
+    static_scale: torch.Tensor | None = None

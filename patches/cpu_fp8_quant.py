@@ -1,0 +1,41 @@
+"""Patch: ``scaled_fp8_quant`` with a given scale works on a CPU.
+
+What: wraps ``vllm._custom_ops.scaled_fp8_quant``. Tensors in the CPU's memory, with one scale that is given,
+    are quantized by PyTorch's own operators; everything else goes to vLLM's function.
+Why: vLLM's CPU build registers the operator behind it without arguments or a kernel
+    (``_C::static_scaled_fp8_quant() -> ()``). Weights are quantized by it at load: those of a bf16 checkpoint
+    under ``--quantization fp8_per_tensor``, and the shards of a per-tensor checkpoint, to bring them to one
+    scale.
+Versions: vLLM 0.24 to 0.33.
+Delete when: vLLM's CPU build has that operator.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def apply(ops: ModuleType) -> None:
+    """Patch ``ops``, the module ``vllm._custom_ops``, once."""
+    original = ops.scaled_fp8_quant
+    if getattr(original, "rmsq", False):
+        return
+
+    @functools.wraps(original)
+    def scaled_fp8_quant(
+        input: torch.Tensor, scale: torch.Tensor | None = None, *args: Any, **options: Any
+    ) -> Any:
+        asked = [
+            option for option in (*args, *options.values()) if option is not None and option is not False
+        ]
+        if asked or scale is None or scale.numel() != 1 or not input.is_cpu:
+            return original(input, scale, *args, **options)
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        return (input.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+
+    scaled_fp8_quant.rmsq = True  # type: ignore[attr-defined]
+    ops.scaled_fp8_quant = scaled_fp8_quant  # type: ignore[attr-defined]

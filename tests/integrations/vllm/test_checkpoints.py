@@ -1,0 +1,198 @@
+"""Every kind of FP8 checkpoint that people publish, as a tiny Llama in vLLM's own model classes."""
+
+from __future__ import annotations
+
+import json
+
+import fp8_kinds
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm_models import TOKENS, Loaded, tiny_config, write_checkpoint
+
+from vllm_neuron_rmsq import settings
+
+pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
+
+# Wide enough for blocks of 128: q, k, v, gate and up are whole blocks, as vLLM wants them.
+SIZES = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+
+SCHEMES = {
+    "compressed-tensors tensor": "per-token",
+    "fp8 tensor": "per-token",
+    "modelopt channel": "per-token",
+    "quark tensor": "per-token",
+    "compressed-tensors channel": "per-token",
+    "quark channel": "per-token",
+    "fbgemm channel": "per-token",
+    "modelopt tensor": "per-token",
+    "compressed-tensors tensor static": "static",
+    "compressed-tensors channel static": "static",
+    "fp8 tensor static": "static",
+    "modelopt tensor static": "static",
+    "quark tensor static": "static",
+    "fp8 block": "block",
+    "compressed-tensors block": "block",
+    "modelopt block": "block",
+    "quark block": "block",
+}
+"""Kind of checkpoint -> the scheme that its linears are of."""
+
+BY_DEFAULT = ("fp8 tensor", "modelopt channel", "compressed-tensors tensor static", "fp8 block")
+"""The others are the long matrix."""
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
+    yield
+    settings.install(None)
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory):
+    config = tiny_config("llama", **SIZES)
+    return write_checkpoint(config, tmp_path_factory.mktemp("llama") / "bf16", fp8=False)
+
+
+def load(kind, folder, **engine_args):
+    # vLLM calls FBGEMM's kind deprecated, and says how to have it all the same.
+    return Loaded(folder, allow_deprecated_quantization=kind.startswith("fbgemm"), **engine_args)
+
+
+def by_default(kinds):
+    slow = pytest.mark.slow
+    return [pytest.param(kind, marks=() if kind in BY_DEFAULT else slow) for kind in kinds]
+
+
+def weight_of(linear):
+    """The weight that a linear multiplies by, ``[N, H]``: its product with a diagonal of ones.
+
+    With a static scale, of what has code 1.
+    """
+    static = hasattr(linear, "rmsq_scheme") and linear.rmsq_scheme.static
+    one = linear.input_scale.detach() if static else torch.ones(1)
+    eye = torch.eye(linear.input_size_per_partition) * one
+    return linear.quant_method.apply(linear, eye.bfloat16()).float().t() / one
+
+
+def assert_same_weight(linear, weight):
+    """It is rounded to bf16's 8 bits, and halved: half the smallest code, 2^-9, may be lost. A shard brought
+    to the scale of another would be off by up to 2^-4.
+    """
+    weight = weight.detach()
+    smallest = weight.abs().max().item() / fp8_kinds.R * 2**-9
+    torch.testing.assert_close(weight_of(linear), weight, rtol=2**-8, atol=smallest)
+
+
+@pytest.mark.parametrize("kind", by_default(SCHEMES))
+def test_is_fused_and_multiplies_by_the_weights_of_the_checkpoint(kind, bf16, tmp_path):
+    ids = TOKENS.long()
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", kind, calibration=[ids])
+    loaded = load(kind, folder)
+    report = loaded.report
+    assert len(report.fused) == 4 and len(report.fused_activations) == 2
+    assert report.schemes == {SCHEMES[kind]: 8}
+    assert f"8 packed FP8 linears ({SCHEMES[kind]})" in str(report)
+
+    exact = fp8_kinds.reference_model(bf16, folder, kind)
+    attention, stands_for = loaded.model.model.layers[0].self_attn, exact.model.layers[0].self_attn
+    projections = [getattr(stands_for, f"{name}_proj").weight for name in "qkv"]
+    assert_same_weight(attention.qkv_proj, torch.cat(projections))
+    assert_same_weight(attention.o_proj, stands_for.o_proj.weight)
+    with torch.no_grad():
+        logits = exact(ids[None]).logits[0]
+    assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.98
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "compressed-tensors tensor weight-only",
+        pytest.param("compressed-tensors channel weight-only", marks=pytest.mark.slow),
+        pytest.param("compressed-tensors block weight-only", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_alone_are_multiplied_in_bf16(kind, bf16, tmp_path):
+    ids = TOKENS.long()
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", kind)
+    loaded = load(kind, folder)
+    assert loaded.report.weight_only == 8 and loaded.report.linears == len(loaded.report.fused) == 0
+    assert "8 weight-only FP8 linears" in str(loaded.report)
+    exact = fp8_kinds.reference_model(bf16, folder, kind)
+    name = "model.layers.1.mlp.down_proj"
+    assert_same_weight(loaded.model.get_submodule(name), exact.get_submodule(name).weight)
+    with torch.no_grad():
+        logits = exact(ids[None]).logits[0]
+    assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    "method, scheme",
+    [
+        ("fp8_per_tensor", "per-token"),
+        pytest.param("fp8_per_channel", "per-token", marks=pytest.mark.slow),
+        pytest.param("fp8_per_block", "block", marks=pytest.mark.slow),
+    ],
+)
+def test_a_bf16_checkpoint_quantized_online_is_fused(method, scheme, bf16):
+    loaded = Loaded(bf16, quantization=method)
+    assert len(loaded.report.fused) == 4 and loaded.report.schemes == {scheme: 8}
+    weight = fp8_kinds.load(bf16)["model.layers.0.self_attn.o_proj.weight"].float()
+    got = weight_of(loaded.model.model.layers[0].self_attn.o_proj)
+    assert (got - weight).abs().max() <= 2**-4 * weight.abs().max()
+
+
+def test_a_checkpoint_whose_shards_are_fused_has_one_scale(tmp_path):
+    """Phi-3's ``qkv_proj`` and ``gate_up_proj`` are one tensor on disk: one scale of three is loaded."""
+    config = tiny_config("phi3", **SIZES)
+    bf16 = write_checkpoint(config, tmp_path / "bf16", fp8=False)
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", "fp8 tensor")
+    loaded = Loaded(folder)
+    assert loaded.report.schemes == {"per-token": 8} and len(loaded.report.fused) == 4
+    tensors = fp8_kinds.load(folder)
+    name = "model.layers.0.self_attn.qkv_proj"
+    weight = fp8_kinds.dequantize(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], "tensor")
+    assert_same_weight(loaded.model.model.layers[0].self_attn.qkv_proj, weight)
+
+
+def test_a_kind_that_nobody_can_multiply_is_one_sentence(bf16, tmp_path):
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", "fp8 block")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no FP8 kernel") as caught:
+        Loaded(folder)
+    message = str(caught.value)
+    assert message.startswith("model.layers.0.self_attn.qkv_proj: no FP8 kernel takes it on this machine")
+    assert "needs dynamic per-group (1 x 128) activations, not" in message
+    assert message.endswith("with --quantization fp8_per_channel.") and "\n" not in message
+
+
+def test_a_corrupt_static_scale_stops_the_start_with_the_layers_name(bf16, tmp_path):
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", "fp8 tensor static", calibration=[TOKENS.long()])
+    tensors = fp8_kinds.load(folder)
+    tensors["model.layers.1.mlp.down_proj.input_scale"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.1\.mlp\.down_proj: input_scale: expected a positive"
+    ):
+        Loaded(folder)
+
+
+def test_each_stock_layer_has_its_reason(bf16, tmp_path):
+    """Some layers in bf16, as ``ignore`` of a published checkpoint has them."""
+    kept = ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.1.mlp.down_proj")
+    folder = fp8_kinds.write(
+        bf16, tmp_path / "fp8", "compressed-tensors tensor", leave=lambda name: name.endswith(kept)
+    )
+    report = Loaded(folder).report
+    assert report.schemes == {"per-token": 6}
+    reasons = {layer.name: layer.reason for layer in (*report.norms, *report.activations) if layer.reason}
+    assert reasons.keys() == {
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.1.mlp.act_fn",
+        "model.norm",
+    }
+    assert "gate_up_proj" in reasons["model.layers.0.post_attention_layernorm"]
+    assert "down_proj" in reasons["model.layers.1.mlp.act_fn"]
