@@ -90,7 +90,7 @@ def compare(
         progress: told about every step.
 
     Raises:
-        ValueError: an argument is not valid, vLLM is not installed, or a server did not start.
+        ValueError: an argument is not valid, vLLM is not installed, or the plugin's server did not start.
     """
     need_vllm()
     _check(source, sides, clients, prompt, rounds, tokens)
@@ -129,7 +129,12 @@ def compare(
         up: dict[str, servers.Server] = {}
         for side, start in starters.items():
             progress(done, steps, f"starting {side}")
-            up[side] = stack.enter_context(contextlib.closing(start()))
+            try:
+                up[side] = stack.enter_context(contextlib.closing(start()))
+            except ValueError as error:
+                if side == PLUGIN:
+                    raise
+                left_out[side] = f"its server did not start: {str(error).splitlines()[0]}"
             done += 1
         asyncio.run(measure(up))
         found.memory = {side: server.resident() for side, server in up.items()}
