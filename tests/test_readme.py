@@ -45,6 +45,7 @@ HERE = {
     f"VLLM_RMSQ_BACKEND=nki-sim {OFFLINE}",
     ".venv/bin/python -m pytest examples/layer_level_test.py",
     ".venv/bin/vllm-neuron-rmsq quantize .cache/smollm2-bf16 smollm2-trn2",
+    ".venv/bin/vllm-neuron-rmsq inspect .cache/smollm2-fp8",
     ".venv/bin/python benchmarks/nki_cost.py",
 }
 
@@ -115,6 +116,12 @@ def test_quantize(tiny, tmp_path):
     assert len(codes) == 14
     assert max(t.float().abs().max() for t in codes) == 240
     assert "14 linears" in said
+
+
+@pytest.mark.engine
+def test_inspect(tiny, tmp_path):
+    said = run(".venv/bin/vllm-neuron-rmsq inspect .cache/smollm2-fp8", tiny, tmp_path)
+    assert "whole; 14 FP8 weights" in said
 
 
 @pytest.mark.slow
