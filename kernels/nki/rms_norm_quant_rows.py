@@ -15,6 +15,7 @@ RSQRT_ON_GPSIMD = False
 SCALE_FLOOR = 1e-6
 NAN_CODES = 0x7F7F7F7F  # four codes that are NaN in both FP8 formats
 LARGEST_RSQRT, SMALLEST_RSQRT = 2.0**96, 2.0**-87  # ScalarE's rsqrt is valid from 2^-87 to 2^97
+RSQRT_SHIFT, SHIFT_ROOT = 2.0**-32, 2.0**-16  # times the first a mean square of any size is in that range
 LARGEST_FP32 = 3.4028235e38
 
 
@@ -31,6 +32,8 @@ class Task(nl.NKIObject):
         count: how many elements of a row the mean square is over; H unless rows are padded.
         first, last: this program's rows, ``first <= row < last``.
         eps, lower_bound: as the entries have them; lower_bound None does not clip.
+        shift, root: rsqrt is of shift times the mean square, and times root what it should be. With an eps so
+            small that it would be lost, 1: a row whose mean square is beyond LARGEST_RSQRT is invalid then.
         fp8, fp8_max: the codes' dtype and R.
         high: the largest code value, less than R where the lower bound makes it so.
     """
@@ -73,6 +76,9 @@ class Task(nl.NKIObject):
         self.count = count
         self.first, self.last = share(rows)
         self.eps = eps
+        self.shift, self.root = 1.0, 1.0
+        if not RSQRT_ON_GPSIMD and eps * RSQRT_SHIFT >= SMALLEST_RSQRT:
+            self.shift, self.root = RSQRT_SHIFT, SHIFT_ROOT
         self.lower_bound = lower_bound
         self.fp8 = fp8_dtype(ocp)
         self.fp8_max = fp8_max(ocp)
@@ -94,7 +100,7 @@ class Constants(nl.NKIObject):
     Attributes:
         zero: 0, the bias of every ScalarE instruction that needs none; NKI Library passes one to work around
             a runtime fault.
-        eps: eps.
+        eps: eps times the task's shift.
         limit: the largest sum of squares of a valid row; NaN where gamma is not finite, and no row is valid.
         static_factor: 1 / static_scale.
         high, low: STATIC with a lower bound: codes' values lie between them.
@@ -114,10 +120,10 @@ class Constants(nl.NKIObject):
         self.ones = nl.ndarray((pmax, pmax), dtype=nl.float32, buffer=nl.sbuf)
         nisa.memset(self.ones, 1.0)
         nisa.memset(self.zero, 0.0)
-        nisa.memset(self.eps, max(task.eps, SMALLEST_RSQRT))
+        nisa.memset(self.eps, max(task.eps, SMALLEST_RSQRT) * task.shift)
         limit = LARGEST_FP32
         if task.gamma != None and not RSQRT_ON_GPSIMD:
-            limit = LARGEST_RSQRT * task.count
+            limit = min(LARGEST_FP32, LARGEST_RSQRT / task.shift * task.count)
         nisa.memset(self.limit, limit)
         if task.static_scale != None:
             nisa.dma_copy(dst=self.static_factor, src=task.static_scale)
@@ -206,22 +212,27 @@ class RowNumbers(nl.NKIObject):
                 dst=self.inverse_rms,
                 data=self.sum_squares,
                 op0=nl.minimum,
-                operand0=LARGEST_RSQRT * task.count,
+                operand0=min(LARGEST_FP32, LARGEST_RSQRT / task.shift * task.count),
             )
             nisa.activation(
                 dst=self.inverse_rms,
                 op=nl.rsqrt,
                 data=self.inverse_rms,
-                scale=1.0 / task.count,
+                scale=task.shift / task.count,
                 bias=constants.eps[0:rows, :],
             )
+        root = task.root if normalizes else 1.0
         nisa.activation(
             dst=self.inverse_over_max,
             op=nl.copy,
             data=self.inverse_rms,
-            scale=1.0 / task.fp8_max,
+            scale=root / task.fp8_max,
             bias=self.zero,
         )
+        if root < 1.0:
+            nisa.activation(
+                dst=self.inverse_rms, op=nl.copy, data=self.inverse_rms, scale=root, bias=self.zero
+            )
 
     def find_static_factor(self):
         """STATIC: factor and the codes of invalid rows."""
