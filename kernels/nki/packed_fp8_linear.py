@@ -409,15 +409,22 @@ class _Weights(nl.NKIObject):
             self.load_piece(block, piece)
 
     def load_piece(self, block: int, piece: int):
-        """Load some chunks of a block: one run of bytes on each partition, but for a last odd block."""
+        """Load some chunks of a block: one run of bytes on each partition, but for a last odd block.
+
+        The very last chunks come one by one: what follows a transfer is then one matmul.
+        """
         first, last = self.plan.features_of(block)
         start, stop = self.plan.chunks_of(piece)
         n, rows = last - first, (stop - start) * 2
         at = first * self.plan.chunks * 2 + start * 2 * n
-        nisa.dma_copy(
-            dst=self._rows(block, piece, rows, n),
-            src=self.source[:, at : at + rows * n].reshape_dim(1, (rows, n)),
-        )
+        last_piece = block + 1 == self.plan.last_block and piece + 1 == self.plan.pieces
+        step = 2 if self.plan.few_rows and last_piece else rows
+        for row in range(0, rows, step):
+            begin = at + row * n
+            nisa.dma_copy(
+                dst=self._rows(block, piece, rows, n)[:, row : row + step, :],
+                src=self.source[:, begin : begin + step * n].reshape_dim(1, (step, n)),
+            )
 
     def load_scales(self, block: int):
         """Copy the scales and the bias of a block's features to every partition."""
@@ -715,12 +722,12 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, static_scale, out
         bank = (nl.tile_size.pmax, nl.tile_size.psum_bank_fmax)
         banks.append(nl.ndarray(bank, dtype=nl.float32, buffer=nl.psum))
 
-    # The first tile and the first block arrive together.
+    # The first tile and the first block arrive together; their scales, which nothing waits for, last.
     for piece in range(plan.pieces):
         weights.load_piece(plan.first_block, piece)
         if piece == 0:
             rows.fetch(0)
-        if piece == plan.pieces // 2:
+        if piece + 1 == plan.pieces:
             rows.load_scales(0)
             weights.load_scales(plan.first_block)
         rows.load_piece(0, piece)
