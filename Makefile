@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST := .venv/bin/python -m pytest
+# Two workers, as CI has two cores. A file stays with one: its tests share engines and checkpoints.
+PARALLEL := --numprocesses 2 --dist loadfile
 CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
@@ -16,8 +18,8 @@ setup: .venv/plugin.done ## .venv with vLLM for CPU, the plugin (editable) and i
 demo: setup ## a small model answers three questions through the plugin, timed with it and without
 	.venv/bin/vllm-neuron-rmsq demo
 
-test: lint ## what CI runs: lint, types and all tests
-	$(PYTEST)
+test: lint ## what CI runs: lint, types and all tests, two files at a time
+	$(PYTEST) $(PARALLEL)
 
 lint: setup ## ruff, clang-format, mypy
 	.venv/bin/ruff check .

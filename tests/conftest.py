@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import filelock
 import hypothesis
 import pytest
+import torch
 
 from vllm_neuron_rmsq import backends
 from vllm_neuron_rmsq.cli import smollm2
 
 # vLLM would take nine tenths of the machine for each engine's KV cache; 1 GiB is plenty here.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# pytest-xdist's workers share the machine: each has one thread, and its engines have one core, which vLLM
+# would choose to be the same for all.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)])
+    )
 
 # A test's time depends on what else the machine does, so none is held to one. `make fast` tries fewer inputs.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -49,13 +60,21 @@ def cache(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_bf16(cache: Path) -> Path:
     """Checkpoint directory of SmolLM2-135M-Instruct, unquantized."""
-    return smollm2.bf16(cache)
+    with _making(cache):
+        return smollm2.bf16(cache)
 
 
 @pytest.fixture(scope="session")
 def smollm2_fp8(cache: Path) -> Path:
     """Checkpoint directory of SmolLM2-135M-Instruct in FP8, codes within ±240."""
-    return smollm2.fp8(cache)
+    with _making(cache):
+        return smollm2.fp8(cache)
+
+
+def _making(cache: Path) -> filelock.FileLock:
+    """Held while the model is made: another worker waits and then finds it."""
+    cache.mkdir(exist_ok=True)
+    return filelock.FileLock(cache / "smollm2.lock")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -169,6 +169,7 @@ def start(case: dict) -> dict:
         max_num_batched_tokens=64,
         kv_cache_memory_bytes=16 << 20,
     )
+    case["llm"] = llm  # kept: to take an engine down takes longer than to start it, and the process ends
     (classes,) = llm.apply_model(_classes)
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": TOKENS}], params, use_tqdm=False)

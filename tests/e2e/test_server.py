@@ -38,7 +38,7 @@ class Server:
                 command + list(arguments),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"VLLM_CACHE_ROOT": str(folder / "cache")} | environment,
+                env=os.environ | {"VLLM_CACHE_ROOT": str(folder.parent / "vllm-cache")} | environment,
                 start_new_session=True,
             )
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
