@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 PYTEST := .venv/bin/python -m pytest
-# Two workers, as CI has two cores. A file stays with one: its tests share engines and checkpoints.
-PARALLEL := --numprocesses 2 --dist loadfile
+# Two workers, as CI has two cores. A file stays with one: its tests share engines and checkpoints. In their order the
+# short files are last.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help

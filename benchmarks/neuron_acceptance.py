@@ -159,6 +159,11 @@ def generate(job: dict[str, Any], **environment: str) -> dict[str, Any]:
         return result
 
 
+def _require_report(run: dict[str, Any]) -> None:
+    if not run["report"]:
+        raise ValueError("expected the plugin's start-up line in the log, found none")
+
+
 @app.command(hidden=True)
 def run_engine(job_file: Path, out: Path) -> None:
     """The other process of :func:`generate`."""
@@ -347,8 +352,7 @@ def cpu_mode(out: Out = OUT) -> None:
                     run = generate(job, VLLM_RMSQ_BACKEND=backend, **environment, **simulator)
                     found[backend] = run["outputs"]
                     details["report"] = run["report"]
-                    if not run["report"]:
-                        raise ValueError("expected the plugin's start-up line in the log, found none")
+                    _require_report(run)
                     if backend != "torch" and "torch" in found:
                         details |= same_choices(run["outputs"], found["torch"])
     results.close()
@@ -378,6 +382,7 @@ def compile_only(
                         VLLM_RMSQ_BACKEND="nki",
                     )
                     details |= run
+                    _require_report(run)
     results.close()
 
 
@@ -403,8 +408,7 @@ def hardware(
         run = generate(greedy)
         tokens = run["outputs"]
         details |= {"report": run["report"], "start_seconds": run["start_seconds"]}
-        if not run["report"]:
-            raise ValueError("expected the plugin's start-up line in the log, found none")
+        _require_report(run)
     if reference:
         with results.check("greedy tokens against backend torch") as details:
             cpu = {"VLLM_NEURON_CPU_MODE": "1", "VLLM_RMSQ_BACKEND": "torch"}

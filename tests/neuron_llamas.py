@@ -240,12 +240,17 @@ class Mirror(PlainLlama):
         return hidden + self.row_parallel(rows_of, self.weight(name), name)
 
     @torch.no_grad()
+    def states(self, tokens: list[int]) -> list[torch.Tensor]:
+        """Return ``[T, H]`` before each layer and after the last."""
+        found = [self.tensors["model.embed_tokens.weight"][tokens]]
+        for index in range(self.config["num_hidden_layers"]):
+            found.append(self.plain_layer(index, found[-1]))
+        return found
+
+    @torch.no_grad()
     def distribution(self, tokens: list[int]) -> torch.Tensor:
         """Return ``[T, V]`` fp32 log-probabilities of what follows each token."""
-        hidden = self.tensors["model.embed_tokens.weight"][tokens]
-        for index in range(self.config["num_hidden_layers"]):
-            hidden = self.plain_layer(index, hidden)
-        x = self.plain_norm(hidden, "model.norm")
+        x = self.plain_norm(self.states(tokens)[-1], "model.norm")
         head = self.tensors.get("lm_head.weight", self.tensors["model.embed_tokens.weight"])
         return torch.log_softmax((x @ head.t()).float(), dim=-1)
 

@@ -1,4 +1,6 @@
-"""One rank of a run on the stand-in for vLLM Neuron: ``python drive.py JOBS RANK RANKS STORE OUT``.
+"""A run on the stand-in for vLLM Neuron: ``python drive.py JOBS RANKS FOLDER``.
+
+FOLDER gets ``out.pt``: of each job what rank 0 found.
 
 JOBS is a JSON file with a list of jobs:
     model: the checkpoint's folder.
@@ -11,19 +13,23 @@ JOBS is a JSON file with a list of jobs:
     given: return the log-probability of each token but the first alone.
     parameters: return those of rank 0.
     compile: ``dynamo`` or ``autograd``: record the graphs.
+    aux: return the hidden states before these layers too, as Eagle3's draft model gets them.
     env: environment variables of this job.
     fails: an error may be the result.
 
 The process finds the stand-in and its platform plugin on its path, as a
 user's finds AWS's; vLLM loads both plugins, makes its configuration, and the worker registers, loads and
-runs.
+runs. Under VLLM_NEURON_CPU_COMPILE=1 all of it runs on meta tensors, and there are no logits.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import traceback
+from typing import NoReturn
 
 import torch
 
@@ -54,6 +60,8 @@ def run(job: dict, config, rank: int) -> dict:
     backends.resolve.cache_clear()
     worker = NeuronWorker(config, rank=rank)
     worker.load_model()
+    if job.get("aux"):
+        worker.model.set_aux_hidden_state_layers(tuple(job["aux"]))
     graphs = Graphs()
     if job.get("compile"):
         torch._dynamo.reset()
@@ -85,6 +93,7 @@ def run(job: dict, config, rank: int) -> dict:
         "architecture": config.model_config.architecture,
         "graphs": graphs.found,
         "parameters": dict(worker.model.named_parameters()) if job.get("parameters") else {},
+        "aux": torch.cat(worker.aux) if worker.aux else None,
     }
 
 
@@ -96,7 +105,7 @@ class Graphs:
     """
 
     def __init__(self) -> None:
-        self.found: list[list[tuple[str, list[str], list[str], bool]]] = []
+        self.found: list[list[tuple[str, list[str], list[str], bool, list[list[int]]]]] = []
 
     def of_dynamo(self, graph, inputs):
         """A ``torch.compile`` backend: Dynamo's graph, which torch_xla's route takes."""
@@ -110,32 +119,31 @@ class Graphs:
         return aot_autograd(fw_compiler=self.of_dynamo)(graph, inputs)
 
 
-def _seen(node) -> tuple[str, list[str], list[str], bool]:
-    """What is called, dtypes of the tensors that come and of those that go, and whether our code calls it."""
+def _seen(node) -> tuple[str, list[str], list[str], bool, list[list[int]]]:
+    """What is called, dtypes of the tensors that come and of those that go, whether our code calls it, and
+    the shapes of those that go."""
+
+    def tensors(values) -> list[torch.Tensor]:
+        leaves = torch.utils._pytree.tree_leaves([v for v in values if v is not None])
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def dtypes(values) -> list[str]:
-        tensors = torch.utils._pytree.tree_leaves([v for v in values if v is not None])
-        return [str(t.dtype) for t in tensors if isinstance(t, torch.Tensor)]
+        return [str(tensor.dtype) for tensor in tensors(values)]
 
     came = [n.meta.get("example_value", n.meta.get("val")) for n in node.all_input_nodes]
+    went = [node.meta.get("example_value", node.meta.get("val"))]
     frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
     ours = bool(frames) and "/integrations/vllm_neuron/" in frames[-1]
     return (
-        str(node.target),
+        re.sub(" at 0x[0-9a-f]+", "", str(node.target)),
         dtypes(came),
-        dtypes([node.meta.get("example_value", node.meta.get("val"))]),
+        dtypes(went),
         ours,
+        [list(map(int, tensor.shape)) for tensor in tensors(went)],
     )
 
 
-def main(jobs: str, rank: int, ranks: int, store: str, out: str) -> None:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-        ensure_model_parallel_initialized,
-        init_distributed_environment,
-    )
+def main(jobs: str, ranks: int, folder: str) -> None:
     from vllm.plugins import load_general_plugins
 
     torch.set_num_threads(1)
@@ -144,18 +152,39 @@ def main(jobs: str, rank: int, ranks: int, store: str, out: str) -> None:
         todo = json.load(file)
     # All first: a class of vLLM Neuron's that is registered is not one vLLM could configure a model by.
     configs = [attempt(job, configure, job, ranks) for job in todo]
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(ranks, rank, f"file://{store}", rank, "gloo")
-        ensure_model_parallel_initialized(ranks, 1)
-    done = [
-        config if isinstance(config, dict) else attempt(job, run, job, config, rank)
-        for job, config in zip(todo, configs, strict=True)
-    ]
-    if rank == 0:
-        torch.save(done, out)
-    torch.distributed.barrier()  # gloo's threads of a rank that ends early take the others down
-    destroy_model_parallel()
-    destroy_distributed_environment()
+    # Each worker in a process of its own, which has vLLM and the configurations from this one.
+    for rank in range(ranks):
+        if os.fork() == 0:
+            work(todo, configs, rank, ranks, folder)
+    for _ in range(ranks):
+        if os.wait()[1]:
+            sys.exit("a rank has failed")
+
+
+def work(todo: list[dict], configs: list, rank: int, ranks: int, folder: str) -> NoReturn:
+    """Run every job as one of the ranks, and end the process."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+    code = 1
+    try:
+        with set_current_vllm_config(VllmConfig()):
+            init_distributed_environment(ranks, rank, f"file://{folder}/store", rank, "gloo")
+            ensure_model_parallel_initialized(ranks, 1)
+        done = [
+            config if isinstance(config, dict) else attempt(job, run, job, config, rank)
+            for job, config in zip(todo, configs, strict=True)
+        ]
+        if rank == 0:
+            torch.save(done, f"{folder}/out.pt")
+        torch.distributed.all_reduce(torch.zeros(1))  # gloo's threads of one that ends early take others down
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def attempt(job: dict, step, *arguments):
@@ -169,4 +198,4 @@ def attempt(job: dict, step, *arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,31 +31,21 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def drive(jobs: list[dict], folder: Path, ranks: int = 1, timeout: float = 240, **env: str) -> list[dict]:
-    """Run ``jobs`` (see ``drive.run``) on so many ranks and return what rank 0 found."""
+    """Run ``jobs`` (see ``drive.py``) on so many ranks; return what rank 0 found. ``folder`` has the log."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(HERE / "drive.py"), str(folder / "jobs.json")]
-    logs = [(folder / f"rank{rank}.log").open("w+") for rank in range(ranks)]
-    processes = [
+    command = [sys.executable, str(HERE / "drive.py"), str(folder / "jobs.json"), str(ranks), str(folder)]
+    log = folder / "log"
+    with (
+        log.open("w") as file,
         subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder / "store"), str(folder / "out.pt")],
-            env=environment(**env),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for log in logs:
-        log.seek(0)
-    failed = [rank for rank, process in enumerate(processes) if process.returncode]
-    assert not failed, "".join(f"--- rank {r} ---\n{logs[r].read()[-6000:]}\n" for r in failed)
-    for log in logs:
-        log.close()
+            command, env=environment(**env), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            code = process.wait(timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # ranks that wait for one that failed
+    assert code == 0, log.read_text()[-6000:]
     return torch.load(folder / "out.pt", weights_only=True)

@@ -26,6 +26,7 @@ BACKENDS = {
     "nki": ("nki", {"NKI_SIMULATOR": "1", "NEURON_LOGICAL_NC_CONFIG": "2"}),
 }
 PROMPT = 16
+AUX = [0, 1, 2]
 EVERYTHING = [*itertools.product((1, 2, 4), STAGES, KINDS, BACKENDS)]
 QUICK = {
     *itertools.product((1,), STAGES, KINDS, ("torch",)),
@@ -113,6 +114,8 @@ def variants(checkpoints, tokens, tmp_path_factory):
             "model": str(scaled),
             "engine": {"kv_cache_dtype": "fp8"},
         }
+    for stage in STAGES:
+        jobs[stage, "aux"] = {**jobs[stage, "whole"], "aux": AUX}
     jobs["fp8", "stock norms"] = {**plain, "rmsq": {"backend": "torch", "attention": "fp8", "fuse": "0"}}
     results = drive(list(jobs.values()), tmp_path_factory.mktemp("variants"), ranks=2)
     return dict(zip(jobs, results, strict=True))
@@ -142,6 +145,28 @@ def test_an_fp8_cache_with_scales(variants, stage):
     plain, cached = variants[stage, "whole"]["logprobs"], variants[stage, "FP8 cache"]["logprobs"]
     assert torch.equal(plain[:PROMPT], cached[:PROMPT])
     assert 0 < (plain - cached)[PROMPT:].abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_eagle3_reads_between_layers_is_plain(variants, checkpoints, tokens, stage):
+    """``[T, H]`` bf16 before each layer that was asked for, side by side, of all tokens on every rank."""
+    result, mirror = variants[stage, "aux"], Mirror(checkpoints["plain"], stage, 2)
+    assert torch.equal(result["logprobs"], variants[stage, "whole"]["logprobs"])
+    states, aux = mirror.states(tokens), result["aux"]
+    assert aux.dtype == torch.bfloat16 and aux.shape == (len(tokens), len(AUX) * SIZES["hidden_size"])
+    ours = aux.float().chunk(len(AUX), dim=-1)
+    assert torch.equal(ours[0], states[0].float())  # the embedding
+    mirror.noise = 2.0**-8  # half a bf16 step in each matmul's result, as in compare()
+    torch.manual_seed(0)
+    moved = [mirror.states(tokens) for _ in range(8)]
+    for layer in AUX[1:]:
+        bound = max(_apart(draw[layer], states[layer]) for draw in moved)
+        assert _apart(ours[layer], states[layer]) <= bound
+        assert 4 * bound < min(_apart(states[layer], states[near]) for near in (layer - 1, layer + 1))
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 class TestBytesOnTheWire:

@@ -461,14 +461,18 @@ class RowFp8LlamaForCausalLM(stock.LlamaForCausalLM):
         empty = [name for name, parameter in self.named_parameters() if parameter.is_meta]
         if empty:
             raise RuntimeError(f"{empty[0]}: was not loaded, and {len(empty) - 1} more")
-        self._set_identity(device)
-        self.rmsq_report = Report.of(self)
-        self.rmsq_report.log(self.rank)
+        self._loaded(device, read=True)
 
     def load_weights_lite(self, checkpoint_path, device, cache_dir) -> None:
         """What compiling on a host without devices needs: no weights."""
         super().load_weights_lite(checkpoint_path, device, cache_dir)
+        self._loaded(device, read=False)
+
+    def _loaded(self, device: torch.device, read: bool) -> None:
+        """Complete the model and say what it is; ``read``: its weights were."""
         self._set_identity(device)
+        self.rmsq_report = Report.of(self, read)
+        self.rmsq_report.log(self.rank)
 
     def _set_identity(self, device: torch.device) -> None:
         """One matrix for all layers' megakernels, which would project QKV."""
@@ -518,9 +522,11 @@ def factory(stock_class: Any) -> type:
     def from_configs(cls, hf_config, neuron_config):
         from vllm_neuron_rmsq.integrations.vllm_neuron.plan import in_force
 
-        reason = checkpoint.supported(hf_config)
-        if in_force().backend == "off":
+        reason, choice = checkpoint.supported(hf_config), in_force()
+        if choice.backend == "off":
             reason = "VLLM_RMSQ_BACKEND=off"
+        elif choice.strict and reason:
+            raise ValueError(f"vllm-neuron-rmsq: VLLM_RMSQ_STRICT=1 and no norm would be fused: {reason}")
         if reason is None:
             return RowFp8LlamaForCausalLM.from_configs(hf_config, neuron_config)
         if checkpoint.read_as_bf16(hf_config):

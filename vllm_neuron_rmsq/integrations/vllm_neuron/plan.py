@@ -63,11 +63,6 @@ def _conflict(choice: Settings, vllm_config: Any, hf_config: Any, neuron_config:
         return "attention with biases knows no decode context parallelism"
     if choice.strict and not choice.fuse:
         return "VLLM_RMSQ_STRICT=1 and VLLM_RMSQ_FUSE=0: no norm would be fused"
-    if choice.strict and choice.attention == "bf16":
-        return (
-            "VLLM_RMSQ_STRICT=1 and attention=bf16: the norms before attention stay unfused; set "
-            "VLLM_RMSQ_ATTENTION=fp8-prefill or fp8"
-        )
     hidden = checkpoint.get(hf_config, "hidden_size")
     if choice.gather == "int32" and hidden % 4:
         return f"gather=int32 needs a hidden size that is a multiple of 4, and it is {hidden}"

@@ -31,7 +31,7 @@ class Report:
         linears: decoder linears in the checkpoint.
         fp8: those multiplied in FP8, in prefill.
         fp8_decode: those multiplied in FP8, in decode.
-        halved: FP8 linears of this rank whose codes had to be halved.
+        halved: FP8 linears of this rank whose codes had to be halved; ``None`` where no weight was read.
         weight_bytes: of all parameters of this rank.
     """
 
@@ -46,12 +46,16 @@ class Report:
     linears: int
     fp8: int
     fp8_decode: int
-    halved: int
+    halved: int | None
     weight_bytes: int
 
     @classmethod
-    def of(cls, model: RowFp8LlamaForCausalLM) -> Report:
-        """Look through a loaded model."""
+    def of(cls, model: RowFp8LlamaForCausalLM, read: bool = True) -> Report:
+        """Look through a model.
+
+        Args:
+            read: its weights were.
+        """
         from vllm_neuron_rmsq.integrations.vllm_neuron.weights import RowFp8Linear
 
         plan, layers = model.plan, len(model.model.layers)
@@ -69,7 +73,7 @@ class Report:
             linears=7 * layers,
             fp8=sum(len(linear.source.parts) for linear in found),
             fp8_decode={"bf16": 3, "fp8-prefill": 4, "fp8": 7}[plan.attention] * layers,
-            halved=sum(sum(linear.source.halved.values()) for linear in found),
+            halved=sum(sum(linear.source.halved.values()) for linear in found) if read else None,
             weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         )
 
@@ -77,11 +81,12 @@ class Report:
         lnc = "" if self.cores is None else f", LNC {self.cores}"
         decode = "" if self.fp8 == self.fp8_decode else f" ({self.fp8_decode} in decode)"
         gather = "" if self.gather is None else f", gathering {self.gather}"
+        halved = "no weights read" if self.halved is None else f"{self.halved} linears halved"
         return (
             f"vllm-neuron-rmsq {__version__} on vLLM Neuron {self.neuron}: {self.fused} of {self.norms} "
             f"decoder norms fused, {self.fp8} of {self.linears} linears in row FP8{decode}, "
             f"attention {self.attention}, backend {self.backend}{lnc}, target {self.target} "
-            f"({self.halved} linears halved){gather}, {self.weight_bytes / 2**20:,.1f} MiB of weights a rank"
+            f"({halved}){gather}, {self.weight_bytes / 2**20:,.1f} MiB of weights a rank"
         )
 
     def log(self, rank: int) -> None:

@@ -1,8 +1,9 @@
 """``wrap_nki``: a kernel becomes a higher-order operator, one node of a graph, run here by our simulator.
 
-The same dispatch as the real one: FakeTensor learns shapes by running the kernel on ones, Proxy keeps tensors
-as the node's arguments and everything else as constants under a hash (hence hashable), Functionalize hands
-through, CPU runs. There is no implementation for a device: outside a graph a kernel runs only on the CPU.
+The same dispatch as the real one: FakeTensor and Meta learn shapes by running the kernel on ones, Proxy keeps
+tensors as the node's arguments and everything else as constants under a hash (hence hashable), Functionalize
+hands through, CPU runs. There is no implementation for a device: outside a graph a kernel runs only on the
+CPU.
 """
 
 from __future__ import annotations
@@ -85,19 +86,28 @@ def _cpu(*, kernel_idx, grid, backend_config, operand_output_aliases, args, arg_
     return _simulate(kernel_idx, grid, args, arg_names, constant_args_key)
 
 
+@nki_kernel_wrapper.py_impl(DispatchKey.Meta)
+def _meta(*, kernel_idx, grid, backend_config, operand_output_aliases, args, arg_names, constant_args_key):
+    out = _simulate(kernel_idx, grid, _ones_like(args), arg_names, constant_args_key)
+    return pytree.tree_map(lambda t: t.to("meta"), out)
+
+
 @nki_kernel_wrapper.py_impl(FakeTensorMode)
 def _fake(
     mode, *, kernel_idx, grid, backend_config, operand_output_aliases, args, arg_names, constant_args_key
 ):
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     with unset_fake_temporarily():
-        real = [
-            torch.ones([int(n) for n in a.shape], dtype=a.dtype) if isinstance(a, torch.Tensor) else a
-            for a in args
-        ]
-        out = _simulate(kernel_idx, grid, real, arg_names, constant_args_key)
+        out = _simulate(kernel_idx, grid, _ones_like(args), arg_names, constant_args_key)
     with mode:
         return pytree.tree_map(lambda t: t.to(device), _empty_like(out))
+
+
+def _ones_like(args: Sequence[Any]) -> list[Any]:
+    return [
+        torch.ones([int(n) for n in a.shape], dtype=a.dtype) if isinstance(a, torch.Tensor) else a
+        for a in args
+    ]
 
 
 @nki_kernel_wrapper.py_impl(ProxyTorchDispatchMode)

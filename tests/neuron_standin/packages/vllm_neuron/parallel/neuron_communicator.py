@@ -14,7 +14,7 @@ class NeuronDeviceCommunicator(DeviceCommunicatorBase):
 
     def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
         WIRE.append(("all_gather", input_.dtype, input_.nbytes))
-        if input_.dtype == torch.float8_e4m3fn:  # which gloo does not know; a gather only copies
+        if input_.dtype == torch.float8_e4m3fn and not input_.is_meta:  # gloo does not know it
             return super().all_gather(input_.view(torch.uint8), dim).view(input_.dtype)
         return super().all_gather(input_, dim)
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import types
+
+import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_neuron import envs
+
+if not envs.VLLM_NEURON_CPU_MODE:
+    # libtorch_neuronx_lite brings a device type of this name; here there is no such device.
+    device_module = types.ModuleType("torch.neuron")
+    device_module.is_available = lambda: False
+    torch.utils.rename_privateuse1_backend("neuron")
+    torch._register_device_module("neuron", device_module)
 
 
 class NeuronPlatform(Platform):

@@ -37,10 +37,12 @@ class NeuronWorker:
             device = torch.device("cpu")
             if envs.VLLM_NEURON_CPU_COMPILE:
                 self.model.load_weights_lite(config.model_config.model, device, None)
-                self.model = self.model.to("meta")
+                device = torch.device("meta")
             else:
                 self.model.load_weights(config.model_config.model, device, None)
-                self.model = self.model.to(device)
+            self.model = self.model.to(device)
+        self.device = device
+        self.aux: list[torch.Tensor] = []  # Eagle3's hidden states, of every step
         # What the real runner gets from torch.compile; tests that look at graphs put theirs here.
         self.call = self.model
 
@@ -60,6 +62,7 @@ class NeuronWorker:
                         block_size,
                         layer.head_size,
                         dtype=torch.float8_e4m3fn if quantized else layer.dtype,
+                        device=self.device,
                     )
                     for _ in range(2)
                 ]
@@ -72,23 +75,28 @@ class NeuronWorker:
         return (blocks * self.block_size + positions % self.block_size).to(torch.int32)
 
     def _step(self, tokens, positions, slots, table, rows, **more):
+        to = self.device
         md = {
             "max_query_len": rows,
             "decode_token_threshold": 4,
-            "slot_mapping": slots,
+            "slot_mapping": slots.to(to),
             "block_size": self.block_size,
-            "block_table_tensor": table,
+            "block_table_tensor": table.to(to),
             "max_blocks_per_seq": self.max_blocks,
             **more,
         }
         metadata = {layer.name: md for layer in self.model.get_kv_spec().layers}
-        return self.call(
-            input_ids=tokens,
-            positions=positions,
+        out = self.call(
+            input_ids=tokens.to(to),
+            positions=positions.to(to),
             attn_metadata=metadata,
-            sampling_positions=torch.arange(len(tokens), dtype=torch.int32),
-            rank=torch.tensor(self.rank, dtype=torch.int32),
+            sampling_positions=torch.arange(len(tokens), dtype=torch.int32, device=to),
+            rank=torch.tensor(self.rank, dtype=torch.int32, device=to),
         )
+        if isinstance(out, tuple):
+            out, states = out
+            self.aux.append(states)
+        return out
 
     def prefill(self, sequence: int, tokens: list[int], *, start=0, bucket=None, segment=None):
         """Logits ``[len(tokens), V]`` of the tokens from position ``start`` on; ``segment`` reads the cache,
