@@ -1,6 +1,7 @@
 # `make help` lists the targets. Each starts from what is there. Another Python: make PYTHON=python3.13 setup
 
 PYTHON ?= python3
+MINUTES ?= 10
 PYTEST := .venv/bin/python -m pytest
 # Two workers, as CI has two cores. A file stays with one: its tests share engines and checkpoints. In their order the
 # short files are last.
@@ -9,7 +10,7 @@ CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format fast test-slow test-vllm coverage asan bench docs wheel clean
+.PHONY: help setup demo test lint format fast test-slow test-vllm coverage asan tsan soak bench docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +47,13 @@ coverage: setup ## all tests, and which lines of Python they ran: .cache/coverag
 	$(PYTEST) --cov --cov-report=term --cov-report=html
 
 asan: setup ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	kernels/cpu/sanitize.sh $(CURDIR)/.venv/bin/python
+	kernels/cpu/sanitize.sh address $(CURDIR)/.venv/bin/python
+
+tsan: setup ## the CPU kernels under ThreadSanitizer, called from several threads
+	kernels/cpu/sanitize.sh thread $(CURDIR)/.venv/bin/python
+
+soak: setup ## a server under load for MINUTES (10): no error, memory flat, the same answers
+	.venv/bin/python tests/soak.py --minutes $(MINUTES)
 
 bench: setup ## every benchmark (half an hour of an idle machine), then the README's tables
 	.venv/bin/python benchmarks/rms_norm_quant.py

@@ -18,6 +18,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
 #include "dtype.h"
 #include "huge_pages.h"
 
@@ -30,7 +34,22 @@ using OptionalTensor = std::optional<Tensor>;
 // Threads come from torch's own pool, so that whoever pinned it (vLLM does, per rank) pins this too:
 // parallel_for(begin, end, grain_size, f(begin, end)) and get_num_threads(), as at:: has them.
 using torch::stable::get_num_threads;
+#if defined(__SANITIZE_THREAD__)
+// ThreadSanitizer does not see how OpenMP's threads wait for each other, and would call each hand-over a
+// race: the work after the caller, and the caller after all of the work.
+template <class Work> void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
+    char called, done;
+    __tsan_release(&called);
+    torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+        __tsan_acquire(&called);
+        work(first, last);
+        __tsan_release(&done);
+    });
+    __tsan_acquire(&done);
+}
+#else
 using torch::stable::parallel_for;
+#endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
