@@ -1,0 +1,110 @@
+"""What goes wrong around a server: clients that leave, too little KV cache, a worker that is killed.
+
+The plugin's server does what stock vLLM's does (the same model in bf16, plugin off), and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import requests
+from servers import Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+KV_BYTES = 24 << 20
+"""Room for some 1,000 tokens."""
+
+
+class Side:
+    """A server, its temporary directory, and what was in shared memory before it."""
+
+    def __init__(self, checkpoint: Path, folder: Path, **environment: str) -> None:
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self.shared = set(os.listdir("/dev/shm"))
+        self.server = Server(
+            checkpoint, folder,
+            "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16",
+            "--kv-cache-memory-bytes", str(KV_BYTES), TMPDIR=str(self.temporary), **environment,
+        )  # fmt: skip
+        self.server.wait()
+
+    def metric(self, name: str) -> float:
+        text = requests.get(f"http://127.0.0.1:{self.server.port}/metrics", timeout=10).text
+        return sum(float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if x.startswith(f"{name}{{"))
+
+    def stream(self, tokens: int):
+        body = {"model": "smollm2", "prompt": "One, two,", "max_tokens": tokens, "temperature": 0}
+        return self.server.client.completions.create(**body, stream=True, extra_body={"ignore_eos": True})
+
+    def left(self) -> list[str]:
+        """What is left of the plugin's: shared memory, files."""
+        files = [path.name for path in self.temporary.iterdir() if path.name.startswith("rmsq")]
+        return files + sorted(set(os.listdir("/dev/shm")) - self.shared)
+
+
+@pytest.fixture(scope="module")
+def sides(smollm2_fp8, smollm2_bf16, tmp_path_factory):
+    """The plugin's server, then stock vLLM's: one after the other would take as long, and less memory."""
+    made = []
+    try:
+        for name, checkpoint, backend in (("plugin", smollm2_fp8, "auto"), ("stock", smollm2_bf16, "off")):
+            made.append(Side(checkpoint, tmp_path_factory.mktemp(name), VLLM_RMSQ_BACKEND=backend))
+        yield made
+    finally:
+        for side in made:
+            side.server.kill()
+
+
+def test_clients_that_leave_are_forgotten(sides):
+    def outcome(side: Side) -> tuple[float, bool]:
+        for chunks in (0, 1, 7):
+            stream = side.stream(400)
+            for _, _ in zip(range(chunks), stream, strict=False):
+                pass
+            stream.close()
+        deadline = time.monotonic() + 60
+        while (running := side.metric("vllm:num_requests_running")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return running, len(list(side.stream(5))) >= 5
+
+    plugin, stock = map(outcome, sides)
+    assert plugin == stock == (0, True)
+
+
+def test_out_of_kv_cache_requests_wait(sides):
+    def outcome(side: Side) -> tuple[list[int], bool]:
+        with ThreadPoolExecutor(8) as pool:
+            counts = list(pool.map(lambda _: sum(1 for _ in side.stream(200)), range(8)))
+        return [count >= 200 for count in counts], side.metric("vllm:num_preemptions_total") > 0
+
+    plugin, stock = map(outcome, sides)
+    assert plugin == stock == ([True] * 8, True)
+
+
+def test_a_killed_worker_ends_the_server_and_nothing_is_left(sides):
+    def outcome(side: Side) -> tuple[bool, int, list]:
+        main = psutil.Process(side.server.process.pid)
+        family = [main, *main.children(recursive=True)]
+        worker = next(process for process in family if "Worker" in " ".join(process.cmdline()))
+        stream = iter(side.stream(400))
+        next(stream)
+        worker.send_signal(signal.SIGKILL)
+        with pytest.raises((openai.APIError, requests.RequestException, StopIteration)):
+            while True:
+                next(stream)
+        status = side.server.process.wait(120)
+        return status, psutil.wait_procs(family, timeout=30)[1]
+
+    plugin, stock = map(outcome, sides)
+    assert plugin == stock
+    assert plugin[1] == []
+    assert sides[0].left() == sides[1].left() == []
