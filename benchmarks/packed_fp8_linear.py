@@ -5,9 +5,7 @@ Dimensions:
     H: input features
     N: output features
 
-Each multiplies an activation that is in its own format already (packed FP8, FP8, bf16) and returns bf16. Beside
-packed rows and a scale for each output, backend ``cpu`` is also shown with static codes, and with a scale for
-each block of 128 x 128 of the weight.
+Each multiplies an activation that is in its own format already (packed FP8, FP8, bf16) and returns bf16.
 Prints a table, appends it to ``benchmarks/results/packed_fp8_linear.csv`` and draws ``.png``::
 
     python benchmarks/packed_fp8_linear.py
@@ -25,17 +23,11 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8StaticChannelSym,
 )
 
-from vllm_neuron_rmsq import ops, packed, weights
+from vllm_neuron_rmsq import ops, packed
 
 SHAPES = ((2048, 11264), (4096, 14336), (8192, 8192))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-LABELS = {
-    "ours": "backend cpu (FP8)",
-    "static": "backend cpu, static",
-    "block": "backend cpu, block scales",
-    "bf16": "F.linear (bf16)",
-    "stock": "stock vLLM (FP8)",
-}
+LABELS = {"ours": "backend cpu (FP8)", "bf16": "F.linear (bf16)", "stock": "stock vLLM (FP8)"}
 
 
 def stock_linear(h: int, n: int):
@@ -54,9 +46,6 @@ def measure(h: int, n: int) -> list[dict[str, object]]:
     weight = torch.randn(n, h, dtype=torch.bfloat16)
     codes, weight_scale = weight.to(torch.float8_e4m3fn), torch.rand(n) + 0.5
     prepacked = ops.prepack_fp8_weight(codes, weight_scale, backend="cpu")
-    block_scale = torch.rand(weights.block_scale_shape(n, h)) + 0.5
-    for_blocks = ops.prepack_fp8_weight(codes, block_scale, backend="cpu")
-    static_scale = torch.ones(1)
     stock = stock_linear(h, n)
 
     def row(t: int) -> dict[str, object]:
@@ -66,13 +55,6 @@ def measure(h: int, n: int) -> list[dict[str, object]]:
 
         def ours() -> torch.Tensor:
             return ops.packed_fp8_linear(x_packed, prepacked, weight_scale)
-
-        def static() -> torch.Tensor:
-            rows = x_codes.view(torch.uint8)
-            return ops.packed_fp8_linear(rows, prepacked, weight_scale, static_scale=static_scale)
-
-        def block() -> torch.Tensor:
-            return ops.packed_fp8_linear(x_packed, for_blocks, block_scale)
 
         def bf16() -> torch.Tensor:
             return torch.nn.functional.linear(x, weight)
@@ -89,12 +71,9 @@ def measure(h: int, n: int) -> list[dict[str, object]]:
             )
 
         torch.testing.assert_close(ours(), stock_fp8())
-        sides = {"ours": ours, "static": static, "block": block, "bf16": bf16, "stock": stock_fp8}
-        seconds = common.take_turns(sides)
+        seconds = common.take_turns({"ours": ours, "bf16": bf16, "stock": stock_fp8})
         times = {f"{side} ms": 1e3 * taken for side, taken in seconds.items()}
-        ratios = {
-            f"{side} / ours": seconds[side] / seconds["ours"] for side in ("static", "block", "bf16", "stock")
-        }
+        ratios = {f"{side} / ours": seconds[side] / seconds["ours"] for side in ("bf16", "stock")}
         return {"T": t, "H": h, "N": n, **times, **ratios}
 
     return [row(t) for t in ROWS]
