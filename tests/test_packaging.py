@@ -60,7 +60,16 @@ def sdist(tmp_path_factory) -> Path:
 def _copy(to: Path) -> Path:
     """Copy what belongs to the repository, so that the checkout stays as it is."""
     skip = shutil.ignore_patterns(
-        ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "__pycache__", "*_cache", "_cpu_kernels.*"
+        ".git",
+        ".venv",
+        ".cache",
+        ".hypothesis",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        "*_cache",
+        "_cpu_kernels.*",
     )
     shutil.copytree(ROOT, to, symlinks=True, ignore=skip)
     return to
