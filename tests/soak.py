@@ -207,7 +207,8 @@ class Soak:
         if grown > GROWTH_BYTES and grown > GROWTH * parts[0]:
             self.problem(f"memory grew by {grown / 2**20:.0f} MiB after it was warm")
 
-    async def check_metrics(self) -> None:
+    async def read_rows(self) -> dict[str, float]:
+        """Rows packed and invalid until now. vLLM's warm-up has invalid ones, as it writes no attention."""
         async with self.http.get(f"{self.url}/metrics") as reply:
             lines = (await reply.text()).splitlines()
         values = {
@@ -216,15 +217,21 @@ class Soak:
             )
             for name in ("packed", "invalid")
         }
-        print(f"rows: {values['packed']:,.0f} packed, {values['invalid']:.0f} invalid")
-        if values["invalid"] or not values["packed"]:
-            self.problem(f"rows: expected some packed and none invalid, got {values}")
+        return values
+
+    async def check_rows(self, before: dict[str, float]) -> None:
+        await asyncio.sleep(2)  # they are read once a second
+        packed, invalid = (
+            now - then for now, then in zip((await self.read_rows()).values(), before.values(), strict=True)
+        )
+        print(f"rows: {packed:,.0f} packed, {invalid:.0f} invalid")
+        if invalid or not packed:
+            self.problem(f"rows: expected some packed and none invalid, got {packed:.0f} and {invalid:.0f}")
 
 
-def state() -> set[str]:
+def state(temporary: Path) -> set[str]:
     """What the plugin might leave: shared memory, and files of its own."""
-    names = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
-    return names | {str(path) for path in Path(tempfile.gettempdir()).glob("rmsq-*")}
+    return {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")} | set(map(str, temporary.glob("rmsq-*")))
 
 
 async def run(server: Server, minutes: float) -> Soak:
@@ -233,6 +240,8 @@ async def run(server: Server, minutes: float) -> Soak:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         soak = Soak(server, http, time.monotonic() + 60 * minutes)
+        await asyncio.sleep(2)
+        rows = await soak.read_rows()
         answers = {question: await soak.answer(question) for question in QUESTIONS}
         clear = {question: text for question, (text, margin) in answers.items() if margin >= MARGIN}
         print(f"clear questions: {len(clear)} of {len(QUESTIONS)}", flush=True)
@@ -246,7 +255,7 @@ async def run(server: Server, minutes: float) -> Soak:
         clients = [soak.good] * LOAD + [soak.aborting] * ABORTING + [soak.bad] * BREAKING + [check]
         await asyncio.gather(soak.watch(), *(soak.repeat(client) for client in clients))
         await soak.check_answers(clear, "after")
-        await soak.check_metrics()
+        await soak.check_rows(rows)
     return soak
 
 
@@ -255,23 +264,24 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--checkpoint", type=Path, help="by default SmolLM2-135M, made in .cache")
     options = parser.parse_args()
-    before = state()
+    checkpoint = options.checkpoint or smollm2.fp8(Path(".cache"))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or smollm2.fp8(Path(".cache"))
-        server = Server(checkpoint, Path(folder), *ARGUMENTS)
+        temporary = Path(folder) / "tmp"
+        temporary.mkdir()
+        before = state(temporary)
+        server = Server(checkpoint, Path(folder), *ARGUMENTS, TMPDIR=str(temporary))
         try:
             server.wait()
             soak = asyncio.run(run(server, options.minutes))
             outlived = server.stop()
         finally:
             server.kill()
-        text = server.text()
+        text, left = server.text(), state(temporary) - before
     soak.check_memory()
     if outlived:
         soak.problem(f"processes outlived the server: {outlived}")
     if "Traceback" in text:
         soak.problem("the server's log has a traceback:\n" + text[text.index("Traceback") :][:3000])
-    left = state() - before
     if left:
         soak.problem(f"left behind: {', '.join(sorted(left))}")
     print(", ".join(f"{count} {what}" for what, count in sorted(soak.done.items())))

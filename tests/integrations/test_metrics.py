@@ -28,7 +28,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(metrics, "_folder", None)
     monkeypatch.setattr(metrics, "_writers", {})
-    monkeypatch.setattr(metrics.atexit, "register", lambda function: None)
+    monkeypatch.setattr(metrics.atexit, "register", lambda *_: None)
     for variable in (metrics.FOLDER, metrics.SHARED):
         monkeypatch.delenv(variable, raising=False)
     return tmp_path
@@ -109,10 +109,10 @@ def test_a_full_disk_costs_the_metrics_and_nothing_else(folders, registry, monke
         metrics.publish(LABELS, GAUGES, None)
     assert "/metrics says nothing of vllm-neuron-rmsq in this worker: [Errno 28]" in caplog.text
     assert shown(registry) == []
-    assert list(Path(os.environ[metrics.FOLDER]).iterdir()) == []
+    assert list(Path(os.environ[metrics.FOLDER]).iterdir()) == []  # the directory of the metrics
 
 
-def test_what_a_killed_server_left_is_removed_by_the_next(folders):
+def test_what_a_killed_server_left_is_removed_by_the_next(folders, registry):
     old = time.time() - 2 * metrics.SECONDS_TO_LOCK
     left, used, new = (folders / f"{metrics.PREFIX}{name}" for name in ("left", "used", "new"))
     for folder in (left, used, new):
@@ -123,10 +123,17 @@ def test_what_a_killed_server_left_is_removed_by_the_next(folders):
     handle = os.open(used, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
-        own = Path(metrics._make_folder())
+        metrics.collect()
+        metrics.publish(LABELS, GAUGES, None)
     finally:
         os.close(handle)
-    assert sorted(folders.iterdir()) == sorted([used, new, own])
+    assert sorted(folders.iterdir()) == sorted([used, new, Path(os.environ[metrics.FOLDER])])
+
+
+def test_a_process_that_starts_no_worker_leaves_nothing(folders, registry):
+    metrics.collect()
+    assert shown(registry) == []
+    assert list(folders.iterdir()) == []
 
 
 PROGRAM = """

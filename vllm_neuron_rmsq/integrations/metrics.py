@@ -6,9 +6,9 @@ of ``prometheus_client``'s multiprocess mode, one pair for each worker, which it
 - with several API servers vLLM itself uses that mode, and the files go where its own are
   (``PROMETHEUS_MULTIPROC_DIR``);
 - with one API server, or offline (``llm.get_metrics()``), vLLM's metrics are in the process's registry. Then
-  the first process that loads the plugin makes a temporary directory, which the others inherit through the
-  environment, and registers a collector of it. It is removed when that process ends; one that was
-  left by a killed process is removed by the next.
+  the first process that loads the plugin names a temporary directory, which the others inherit through the
+  environment, and registers a collector of it. The first worker makes it. It is removed when the process that
+  named it ends; one that was left by a killed process is removed by the next.
 
 Nothing here may keep a server from serving: what goes wrong is logged, and there are no metrics.
 Ranks on another machine than the API server are not seen.
@@ -22,6 +22,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -79,10 +80,12 @@ def collect() -> None:
         return
     try:
         from prometheus_client import REGISTRY
-        from prometheus_client.multiprocess import MultiProcessCollector
 
-        _folder = os.environ[FOLDER] = _make_folder()
-        MultiProcessCollector(REGISTRY, _folder)
+        _remove_left()
+        # Its name only: many a process loads the plugin and starts no worker. The first worker makes it.
+        _folder = os.environ[FOLDER] = str(Path(tempfile.gettempdir()) / f"{PREFIX}{secrets.token_hex(8)}")
+        REGISTRY.register(_Collector(_folder))
+        atexit.register(_remove, _folder, os.getpid())
     except (ImportError, OSError, ValueError) as error:
         logger.warning("/metrics says nothing of vllm-neuron-rmsq: %s", error)
 
@@ -90,27 +93,31 @@ def collect() -> None:
 _folder: str | None = None
 
 
-def _make_folder() -> str:
-    """Make the directory, and have it removed when this process ends.
+class _Collector:
+    """Reads what is in a directory at each scrape, once there is one."""
 
-    This process, and whoever is forked from it, keeps a lock on it: one without was left behind.
-    """
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def collect(self) -> Iterable[Any]:
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        return MultiProcessCollector(None, self.folder).collect() if os.path.isdir(self.folder) else []
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left() -> None:
+    """Remove what killed servers left: directories on which no worker keeps a lock."""
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         # Locked, another user's, or removed by another server at this moment.
         with contextlib.suppress(OSError), _opened(left) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - left.stat().st_mtime > SECONDS_TO_LOCK:
                 shutil.rmtree(left)
-    folder = tempfile.mkdtemp(prefix=PREFIX)
-    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder
 
 
 @contextlib.contextmanager
@@ -158,6 +165,9 @@ class _Writer:
     """The two files of a process."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(0o700, exist_ok=True)
+        self._lock_of_folder = os.open(folder, os.O_RDONLY)
+        fcntl.flock(self._lock_of_folder, fcntl.LOCK_SH)
         name = f"rmsq-{os.getpid()}"
         self._gauges = _file(folder / f"gauge_mostrecent_{name}.db")
         self._counters = _file(folder / f"counter_{name}.db")
