@@ -55,7 +55,6 @@ STAGES = 4, 16  # least and most pieces of rows on their way to TensorE ...
 STAGE_BYTES = 16384  # ... and how many bytes per partition are worth it
 RESULTS = 4  # tiles of results on their way out
 SCALED = 128  # input and output features that share a scale, where blocks have scales
-SHARE = 3  # with more than 32 rows each third sum is scaled by ScalarE and added by GpSimdE, not by VectorE
 SBUF_RESERVE = 2048  # bytes per partition for the tiles of one number per row
 
 
@@ -303,7 +302,7 @@ class _Plan(nl.NKIObject):
         if scaled:
             # Scales of blocks, once as they come and once by group; sums so far, and halves of them.
             of_blocks = (self.width // SCALED + 2) * (_blocks(in_features) + self.groups)
-            room -= self.weight_buffers * 8 * of_blocks + (3 * RESULTS + 3) * 4 * self.columns
+            room -= self.weight_buffers * 8 * of_blocks + (2 * RESULTS + 1) * 4 * self.columns
         piece_bytes = self.piece_chunks * 2 * self.pitch
         tile_bytes = self.pieces * self.piece_chunks * 2 * self.columns_of_rows
 
@@ -722,12 +721,13 @@ def _multiply(plan: _Plan, packed, weight, weight_scale, bias, static_scale, out
         bank = (nl.tile_size.pmax, nl.tile_size.psum_bank_fmax)
         banks.append(nl.ndarray(bank, dtype=nl.float32, buffer=nl.psum))
 
-    # The first tile and the first block arrive together; their scales, which nothing waits for, last.
+    # The first tile and the first block arrive together; their scales, which nothing waits for, last. Those
+    # of blocks are waited for.
     for piece in range(plan.pieces):
         weights.load_piece(plan.first_block, piece)
         if piece == 0:
             rows.fetch(0)
-        if piece + 1 == plan.pieces:
+        if piece + 1 == (1 if plan.scaled else plan.pieces):
             rows.load_scales(0)
             weights.load_scales(plan.first_block)
         rows.load_piece(0, piece)
@@ -780,9 +780,8 @@ class _Sums(nl.NKIObject):
     """Sums where blocks have scales: of 128 input features each in PSUM, scaled and added up in SBUF.
 
     A step is as many chunks as fill the groups. Its results are ``[128, n]``, group after group of rows on
-    the partitions, and so are their sums, which come together at the end. With more than 32 rows VectorE is
-    what all wait for, so ScalarE and GpSimdE do each SHARE-th step, into sums of their own. An addition waits
-    for the one before into the same sum: where blocks are narrow VectorE has two sums, in turns.
+    the partitions, and so are their sums, which come together at the end. An addition waits for the one
+    before into the same sum: where blocks are narrow there are two sums, in turns.
 
     Args:
         plan: the call's.
@@ -792,20 +791,16 @@ class _Sums(nl.NKIObject):
     def __init__(self, plan: _Plan, banks):
         self.plan = plan
         self.banks = banks
-        self.sums, self.scaled, self.halves = [], [], []
+        self.sums, self.halves = [], []
         self.turn, self.results = 0, 0
-        self.shared = plan.groups == 2 and plan.chunks >= SHARE
         self.chains = 1 if plan.width > 2 * SCALED else 2
         if plan.scaled:
             shape = (nl.tile_size.pmax, plan.width)
             for _ in range(RESULTS):
                 sums = []
-                for _ in range(self.chains + (1 if self.shared else 0)):
+                for _ in range(self.chains):
                     sums.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
                 self.sums.append(sums)
-            for _ in range(2):
-                if self.shared:
-                    self.scaled.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
             self.halves.append(nl.ndarray((shape[0] // 2, plan.width), dtype=nl.float32, buffer=nl.sbuf))
 
     def contract(self, rows: _Rows, weights: _Weights, tile: int, block: int):
@@ -816,7 +811,7 @@ class _Sums(nl.NKIObject):
         for one in self.sums[self.results % RESULTS]:
             sums.append(one[:, 0 : last - first])
         self.results += 1
-        together, by_vector = plan.groups // 2, 0
+        together = plan.groups // 2
         for piece in range(plan.pieces):
             start, stop = plan.chunks_of(piece)
             moving = weights.moving(block, piece)
@@ -831,53 +826,27 @@ class _Sums(nl.NKIObject):
                     perf_mode=nisa.matmul_perf_mode.double_row,
                 )
                 if chunk % together == together - 1 or chunk == plan.chunks - 1:
-                    step = chunk // together
-                    if self.shared and step % SHARE == SHARE - 1:
-                        self._add_elsewhere(sums[-1], bank, weights, block, step)
-                    else:
-                        total = sums[by_vector % self.chains]
-                        self._add(total, bank, weights, block, step, by_vector < self.chains)
-                        by_vector += 1
+                    self._add(sums, bank, weights, block, chunk // together)
                     self.turn += 1
-        if by_vector < self.chains:
+        if plan.chunks <= together:  # a single step
             return sums[0:1]
         return sums
 
-    def _add(self, total, bank, weights: _Weights, block: int, step: int, first: bool):
-        """``total += bank * scale``; the first time writes."""
-        for run in self._runs(block):
-            part, results = total[:, run[0] : run[1]], bank[:, run[0] : run[1]]
-            scale = weights.of_step(block, run[2], step)
-            if first:
+    def _add(self, sums, bank, weights: _Weights, block: int, step: int):
+        """``sum += bank * scale``, features that share a scale at a time; a sum's first step writes."""
+        first, last = self.plan.features_of(block)
+        total = sums[step % self.chains]
+        for scaled in range(first // SCALED, _blocks(last)):
+            feature = max(first, scaled * SCALED)
+            start, stop = feature - first, min(last, scaled * SCALED + SCALED) - first
+            part, results = total[:, start:stop], bank[:, start:stop]
+            scale = weights.of_step(block, feature, step)
+            if step < self.chains:
                 nisa.tensor_scalar(dst=part, data=results, op0=nl.multiply, operand0=scale)
             else:
                 nisa.scalar_tensor_tensor(
                     dst=part, data=results, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=part
                 )
-
-    def _add_elsewhere(self, other, bank, weights: _Weights, block: int, step: int):
-        """The same by ScalarE, which multiplies, and GpSimdE, which adds but cannot read PSUM."""
-        scaled = other
-        if step >= SHARE:
-            scaled = self.scaled[step // SHARE % len(self.scaled)][:, 0 : other.shape[1]]
-        for run in self._runs(block):
-            nisa.activation(
-                dst=scaled[:, run[0] : run[1]],
-                op=nl.copy,
-                data=bank[:, run[0] : run[1]],
-                scale=weights.of_step(block, run[2], step),
-            )
-        if step >= SHARE:
-            nisa.tensor_tensor(dst=other, data1=other, data2=scaled, op=nl.add, engine=nisa.engine.gpsimd)
-
-    def _runs(self, block: int):
-        """Return a block's features that share scales, as (start, stop) in the block and the first of N."""
-        first, last = self.plan.features_of(block)
-        runs = []
-        for scaled in range(first // SCALED, _blocks(last)):
-            start, stop = max(first, scaled * SCALED), min(last, scaled * SCALED + SCALED)
-            runs.append((start - first, stop - first, start))
-        return runs
 
     def fold(self, sums):
         """Return the sum of sums and groups, ``[rows, n]`` (on more partitions)."""
