@@ -30,6 +30,7 @@ ELSEWHERE = {
     "make test": "the workflow's job of that name",
     "pip install --no-build-isolation .": "tests/test_packaging.py, which builds and unpacks that wheel",
     "vllm-neuron-rmsq check": "tests/cli/test_check.py",
+    "vllm-neuron-rmsq check CHECKPOINT": "tests/test_check.py and tests/integrations/vllm/test_preview.py",
     "VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/vllm serve .cache/smollm2-fp8 --max-model-len 2048": (
         "tests/e2e/test_server.py, which reads the same line of the log"
     ),

@@ -159,12 +159,33 @@ def inspect(
         raise typer.Exit(NO)
 
 
-@app.command()
-def check() -> None:
-    """Print what the plugin finds here: versions, settings, and which backends can run, or why not."""
-    from vllm_neuron_rmsq.cli.check import check
+@app.command(
+    epilog="Exit status: 0 the plugin is active here, or takes over layers of MODEL; 1 it would do nothing, "
+    "and why is said; 2 wrong use or bad input."
+)
+def check(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint directory, of which config.json is enough.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what the plugin finds here: versions, vLLM, backends, or why not. With MODEL, what would become of
+    its layers when it is served, without loading its weights."""
+    from vllm_neuron_rmsq import check as library
+    from vllm_neuron_rmsq.cli.check import does_something, show_environment, show_model
 
-    check(console)
+    with Console(stderr=True).status("Asking vLLM"), shown_without_trace():
+        found = library.environment() if model is None else library.model(model)
+        if not found:  # the plugin would not get as far as the model
+            model, found = None, library.environment()
+    if json:
+        typer.echo(dumps(found, indent=2))
+    elif model is None:
+        show_environment(found, console)
+    else:
+        show_model(model, found, console)
+    if not (found["active"] if model is None else does_something(found)):
+        raise typer.Exit(NO)
 
 
 @app.command(

@@ -6,11 +6,13 @@ names; nothing else here imports ``vllm``.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
+from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
-from vllm_neuron_rmsq import backends, settings
 from vllm_neuron_rmsq.integrations.vllm import versions
 
 # A child of vLLM's logger, which vLLM has set up by the time it loads plugins.
@@ -39,7 +41,8 @@ def apply() -> None:
         )
         return
 
-    # Only now: these modules derive from vLLM's classes.
+    # Only now: these modules derive from vLLM's classes, and versions can be asked for without torch.
+    from vllm_neuron_rmsq import settings
     from vllm_neuron_rmsq.integrations.vllm import linear, loader, rms_norm
     from vllm_neuron_rmsq.patches import cpu_fp8_quant, env_variables, linear_kernel_order, model_loader
 
@@ -56,28 +59,42 @@ def apply() -> None:
     model_loader.apply(versions.BaseModelLoader, loader.load_model)
 
 
-def outlook() -> dict[str, str]:
-    """Say what the plugin would do in this vLLM, by topic; for ``vllm-neuron-rmsq check``."""
-    try:
-        missing = versions.missing()
-    except Exception as error:  # as broken as it may be, the rest of the answer is worth having
-        return {"version": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
-    rows = {
-        "version": f"{versions.installed()}; supported are {versions.SUPPORTED}",
-        "the plugin": f"is inactive: {'; '.join(missing)}" if missing else "has every name that it needs",
+PATCHES = ("cpu_fp8_quant", "env_variables", "linear_kernel_order", "model_loader")
+"""Modules of ``patches`` that :func:`apply` applies."""
+
+
+def outlook(patches: Iterable[str]) -> dict[str, Any]:
+    """Say what the plugin finds of vLLM here; for ``vllm-neuron-rmsq check``.
+
+    Args:
+        patches: modules of ``patches`` that would be applied.
+    """
+    missing = versions.missing()
+    return {
+        "version": versions.installed(),
+        "supported": versions.SUPPORTED,
+        "platform": None if missing else versions.current_platform.device_type,
+        "missing": missing,
+        "patches": {name: _what(name) for name in patches},
     }
-    if not missing:
-        choice = settings.Settings.load()
-        try:
-            backend, reason = backends.for_serving(choice.backend, versions.current_platform.device_type)
-        except backends.BackendUnavailableError as error:
-            backend, reason = None, str(error)
-        rows["FP8 linears"] = (
-            f"would multiply packed rows: backend {backend}, target {choice.target}"
-            if backend
-            else f"stay vLLM's own: the plugin {reason}"
-        )
-    return rows
+
+
+def _what(patch: str) -> str:
+    """What a patch changes: the first line of its docstring."""
+    text = importlib.import_module(f"vllm_neuron_rmsq.patches.{patch}").__doc__ or ""
+    return text.partition("\n")[0].removeprefix("Patch: ").rstrip(".").replace("``", "")
+
+
+def threads() -> dict[str, Any]:
+    """Say to which CPUs vLLM would bind the threads of one rank, as far as it can be told."""
+    parallel = SimpleNamespace(local_world_size=1, data_parallel_rank_local=None, _api_process_count=1)
+    config = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
+    try:
+        bound = versions.OMPProcessManager(config)
+        return {"ranks": bound.cpu_lists, "reserved": bound.reserved_cpu_list}
+    except Exception as error:  # not a CPU's platform, another vLLM, a list of CPUs that is none
+        logger.debug("Where vLLM would bind threads is not known: %s", error)
+        return {"ranks": None, "reserved": None}
 
 
 def _replace(in_tree: Any, ours: Any) -> None:

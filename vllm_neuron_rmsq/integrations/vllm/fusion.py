@@ -19,6 +19,7 @@ from torch import nn
 
 from vllm_neuron_rmsq import backends, settings, target
 from vllm_neuron_rmsq.integrations.vllm import proof, silu_mul, versions
+from vllm_neuron_rmsq.integrations.vllm.linear import linear_reports
 from vllm_neuron_rmsq.integrations.vllm.report import FusionReport, LayerReport
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import FusableNorm
 from vllm_neuron_rmsq.integrations.vllm.schemes import Binding, Scheme
@@ -52,6 +53,7 @@ def bind(model: nn.Module, vllm_config: Any, model_config: Any) -> FusionReport 
     linears = {module: scheme for module in names if (scheme := _scheme(module))}
     report.schemes = dict(Counter(scheme.name for scheme in linears.values()))
     report.weight_only = sum(getattr(module, "rmsq_weight_only", False) for module in names)
+    report.linear_layers = linear_reports(names)
     report.halved = sum(getattr(module, "rmsq_halved", False) for module in linears)
     norms = _norms(names, report, model_config.get_hidden_size())
     activations = _activations(names, report)

@@ -9,13 +9,14 @@ Dimensions:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from vllm_neuron_rmsq import backends, ops, settings, target, weights
 from vllm_neuron_rmsq.integrations.vllm import schemes, versions
+from vllm_neuron_rmsq.integrations.vllm.report import LinearReport
 from vllm_neuron_rmsq.integrations.vllm.versions import (
     FP8ScaledMMLinearKernel,
     FP8ScaledMMLinearLayerConfig,
@@ -110,11 +111,13 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         versions.expose_input_quant_key(layer, self)  # not every linear method of vLLM's does
         if _read_by_vllm(layer):
             return
-        codes, scale, halved = weights.fit(codes, scale, self.target)
+        if codes.is_meta:  # a model without its weights: there is nothing to look at
+            scale = scale.to(codes.device)
+        else:
+            codes, scale, layer.rmsq_halved = weights.fit(codes, scale, self.target)  # type: ignore[assignment]
         prepacked = ops.prepack_fp8_weight(codes, scale, self.backend)
         replace_parameter(layer, weight_name, torch.nn.Parameter(prepacked.data, requires_grad=False))
         replace_parameter(layer, scale_name, torch.nn.Parameter(scale, requires_grad=False))
-        layer.rmsq_halved = halved  # type: ignore[assignment]
 
     def _process_input_scale(self, layer: torch.nn.Module, name: str) -> None:
         """Bring the static scale of the activations to the target's range.
@@ -130,7 +133,7 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
             raise ValueError(
                 f"{name}: expected a positive number, got {scale.item()}; the checkpoint is corrupt"
             )
-        scale = self.target.static_scale(scale)
+        scale = self.target.static_scale(scale).to(getattr(layer, self.layer_param_names[0]).device)
         replace_parameter(layer, name, torch.nn.Parameter(scale, requires_grad=False))
 
     def apply_weights(
@@ -190,8 +193,11 @@ class WeightOnlyFp8LinearKernel(FP8ScaledMMLinearKernel):
         self.layer_param_names = _parameters(self, layer)
         blocks = self.config.weight_quant_key in schemes.block.SCHEME.weight_keys
         codes, scale = _codes_and_scale(self, layer, blocks)
-        codes, scale, _ = weights.fit(codes, scale, target.get("trn3"))  # no code is beyond that one's range
-        weight = weights.dequantize(codes, scale, self.config.out_dtype)
+        if codes.is_meta:  # a model without its weights
+            weight = torch.empty_like(codes, dtype=self.config.out_dtype)
+        else:
+            codes, scale, _ = weights.fit(codes, scale, target.get("trn3"))  # no code is beyond its range
+            weight = weights.dequantize(codes, scale, self.config.out_dtype)
         replace_parameter(layer, self.layer_param_names[0], torch.nn.Parameter(weight, requires_grad=False))
         layer.rmsq_weight_only = True  # type: ignore[assignment]
 
@@ -269,6 +275,54 @@ def _process(
         process(layer)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def registered() -> bool:
+    """Whether vLLM asks :class:`PackedFp8LinearKernel` in this process."""
+    return PackedFp8LinearKernel in versions._POSSIBLE_FP8_KERNELS.get(versions.current_platform._enum, ())
+
+
+def linear_reports(names: Mapping[torch.nn.Module, str]) -> list[LinearReport]:
+    """Say of every linear of a model whether it multiplies packed rows, by which scheme, or why it is stock.
+
+    Args:
+        names: every module of the model, and its name.
+    """
+    kinds = {"LinearBase", "FusedMoE", "ParallelLMHead"}
+    found = []
+    for module, name in names.items():
+        if not kinds & {cls.__name__ for cls in type(module).__mro__}:
+            continue
+        kernel = _kernel(module)
+        if isinstance(kernel, PackedFp8LinearKernel):
+            halved = getattr(module, "rmsq_halved", None)
+            found.append(LinearReport(name, kernel.scheme.name, halved=halved))
+        else:
+            found.append(LinearReport(name, reason=_stock(module, kernel)))
+    return found
+
+
+def _kernel(module: torch.nn.Module) -> Any:
+    """The object of vLLM's that multiplies by an FP8 weight, or ``None`` where there is none."""
+    for owner in (getattr(module, "scheme", None), getattr(module, "quant_method", None)):
+        for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
+            if isinstance(value, FP8ScaledMMLinearKernel):
+                return value
+    return None
+
+
+def _stock(module: torch.nn.Module, kernel: Any) -> str:
+    """Why a linear is vLLM's own."""
+    if isinstance(kernel, WeightOnlyFp8LinearKernel):
+        return "FP8 weights alone: it multiplies in the model's dtype"
+    if kernel is None:
+        owner = getattr(module, "scheme", None) or getattr(module, "quant_method", None)
+        return f"not a linear with FP8 weights and activations: {type(owner).__name__}"
+    ours = PackedFp8LinearKernel
+    for usable, reason in (ours.is_supported(), ours.can_implement(kernel.config)):
+        if not usable:
+            return reason or ""
+    return f"{type(kernel).__name__} was asked first"
 
 
 def _backend() -> tuple[str | None, str]:

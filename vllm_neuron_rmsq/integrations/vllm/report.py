@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_neuron_rmsq import __version__, backends
 from vllm_neuron_rmsq.integrations import metrics
+from vllm_neuron_rmsq.integrations.vllm import versions
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -30,6 +32,23 @@ class LayerReport:
 
 
 @dataclass
+class LinearReport:
+    """What became of one linear.
+
+    Attributes:
+        name: its name in the model.
+        scheme: of the packed rows that it multiplies; empty when it is vLLM's own.
+        reason: why it is vLLM's own; empty when it is not.
+        halved: whether its weight was halved for the target's range; ``None`` where nobody looked.
+    """
+
+    name: str
+    scheme: str = ""
+    reason: str = ""
+    halved: bool | None = None
+
+
+@dataclass
 class FusionReport:
     """What the plugin did to a model.
 
@@ -40,6 +59,7 @@ class FusionReport:
         halved: how many of those had weights beyond ±240, halved for trn2.
         activations: one entry per SiluAndMul layer, SiLU of a gate times up.
         weight_only: how many FP8 linears have plain activations, and multiply in the model's dtype.
+        linear_layers: one entry per linear, whatever it multiplies by.
     """
 
     backend: str
@@ -49,6 +69,7 @@ class FusionReport:
     halved: int = 0
     activations: list[LayerReport] = field(default_factory=list)
     weight_only: int = 0
+    linear_layers: list[LinearReport] = field(default_factory=list)
 
     @property
     def linears(self) -> int:
@@ -63,6 +84,32 @@ class FusionReport:
     @property
     def fused_activations(self) -> list[LayerReport]:
         return [activation for activation in self.activations if not activation.reason]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as ``json`` can write it; ``docs/serving.md`` has the keys, which keep their
+        meaning as long as ``schema`` is the same."""
+        halved = [entry.halved for entry in self.linear_layers if entry.scheme]
+        return {
+            "schema": 1,
+            "plugin": __version__,
+            "vllm": versions.installed(),
+            "backend": self.backend,
+            "instruction_set": backends.get(self.backend).level(),
+            "target": self.target,
+            "summary": str(self),
+            "norms": [asdict(entry) | {"fused": not entry.reason} for entry in self.norms],
+            "activations": [asdict(entry) | {"fused": not entry.reason} for entry in self.activations],
+            "linears": [asdict(entry) for entry in self.linear_layers],
+            "counts": {
+                "norms": len(self.norms),
+                "fused_norms": len(self.fused),
+                "activations": len(self.activations),
+                "fused_activations": len(self.fused_activations),
+                "linears": len(self.linear_layers),
+                "packed_linears": dict(Counter(entry.scheme for entry in self.linear_layers if entry.scheme)),
+                "halved_linears": None if None in halved else sum(map(bool, halved)),
+            },
+        }
 
     def publish(self, model_config: Any, parallel_config: Any) -> None:
         """Show on the server's ``/metrics`` what this rank has loaded, and what it counts from now on."""

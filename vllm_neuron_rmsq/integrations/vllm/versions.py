@@ -148,6 +148,21 @@ NEEDED_BEFORE: dict[Version, dict[str, str | None]] = {
 }
 """The same, up to the version that has them no more, or calls them otherwise."""
 
+CHECK: dict[str, str | None] = {
+    "vllm.utils.ompmultiprocessing:OMPProcessManager": "config",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self",
+    "vllm.config:set_current_vllm_config": "vllm_config",
+    "vllm.distributed:init_distributed_environment": (
+        "world_size, rank, distributed_init_method, local_rank, backend"
+    ),
+    "vllm.distributed:ensure_model_parallel_initialized": (
+        "tensor_model_parallel_size, pipeline_model_parallel_size"
+    ),
+    "vllm.utils.torch_utils:set_default_torch_dtype": "dtype",
+    "vllm.model_executor.model_loader.utils:initialize_model": "*, vllm_config",
+}
+"""What ``vllm-neuron-rmsq check`` needs besides; serving does without."""
+
 
 def __getattr__(name: str) -> Any:
     """vLLM's object of that name, for every name that this version has of the tables above."""
@@ -214,4 +229,5 @@ def missing() -> list[str]:
 @functools.cache
 def _modules() -> dict[str, str]:
     """The module of each of this vLLM's names."""
-    return {path.partition(":")[2].partition(".")[0]: path.partition(":")[0] for path in needed(version())}
+    paths = [*needed(version()), *CHECK]
+    return {path.partition(":")[2].partition(".")[0]: path.partition(":")[0] for path in paths}

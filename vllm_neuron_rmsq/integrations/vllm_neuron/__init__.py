@@ -98,6 +98,28 @@ def lift(vllm_config: Any) -> bool:
     return True
 
 
+PATCHES = ("env_variables", "neuron_platform", "neuron_registry")
+"""Modules of ``patches`` that :func:`apply` applies."""
+
+
+def preview(model: str) -> dict[str, Any]:
+    """Say what would become of a checkpoint; for ``vllm-neuron-rmsq check``.
+
+    Args:
+        model: a checkpoint folder, or a name that Hugging Face can resolve.
+
+    Returns:
+        ``model`` and ``reason``, why it would not be taken, with the remedy; empty when it would.
+    """
+    from transformers import AutoConfig
+
+    said = list(outlook().values())[-1]
+    reason = checkpoint.supported(AutoConfig.from_pretrained(model))
+    if reason is None and said.startswith("stay refused"):
+        reason = said
+    return {"model": model, "reason": reason or "", "summary": said if reason is None else ""}
+
+
 def outlook() -> dict[str, str]:
     """Say what the plugin would do on this machine, by topic; for ``vllm-neuron-rmsq check``."""
     from vllm_neuron_rmsq import integrations
