@@ -78,7 +78,11 @@ def _making(cache: Path) -> filelock.FileLock:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests that need Trainium, asked for where there is none, say what is missing."""
+    """Every test starts from the same random numbers, whatever ran before it in this worker.
+
+    Tests that need Trainium, asked for where there is none, say what is missing.
+    """
+    torch.manual_seed(0)
     if item.get_closest_marker("neuron"):
         reason = backends.unavailable("nki")
         if reason is not None:
