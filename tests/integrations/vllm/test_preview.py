@@ -6,7 +6,9 @@ import json
 import resource
 import shutil
 
+import fp8_kinds
 import pytest
+import torch
 from vllm_models import Loaded, tiny_config, write_checkpoint
 
 from vllm_neuron_rmsq import settings
@@ -56,6 +58,27 @@ def test_it_is_the_report_of_the_served_model(model, fp8, tmp_path):
     previewed = preview.report(str(bare))
     assert previewed.as_dict() == without_weights(served.as_dict())
     assert json.loads(json.dumps(served.as_dict())) == served.as_dict()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "compressed-tensors tensor static",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("compressed-tensors tensor", "fp8 block", "modelopt channel")
+        ),
+    ],
+)
+def test_kinds_of_checkpoint(kind, tmp_path, monkeypatch):
+    """Scales of whole tensors are looked at when a model is loaded, so those are numbers here too."""
+    monkeypatch.setenv("VLLM_RMSQ_TARGET", "trn3")  # only weights would tell which are halved
+    config = tiny_config("llama", hidden_size=256, intermediate_size=384, head_dim=64)
+    source = write_checkpoint(config, tmp_path / "bf16", fp8=False)
+    checkpoint = fp8_kinds.write(source, tmp_path / "fp8", kind, calibration=[torch.arange(3, 40)])
+    served = Loaded(checkpoint).report
+    assert len(served.fused) == 4
+    assert preview.report(str(checkpoint)).as_dict() == without_weights(served.as_dict())
 
 
 def test_size_costs_nothing(tmp_path):

@@ -171,7 +171,7 @@ def misfit(
         (one, scale), (other, other_scale) = (
             (linears[at], static_scale(at, linears[at])) for at in (first, linear)
         )
-        if one.rows != other.rows or scale != other_scale:
+        if linear is not first and (one.rows != other.rows or scale != other_scale):
             return f"{names[first]} and {names[linear]}, which read it, quantize it in different ways"
         width = linear.input_size_per_partition
         if width != finding.width:
