@@ -31,7 +31,7 @@ class ExactForward:
         del config.quantization_config
         self.model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager"
-        )
+        ).eval()  # from_config leaves dropout on
         state = {}
         for name, tensor in tensors.items():
             if name.endswith("_scale"):
