@@ -275,6 +275,12 @@ def rounded(x: Tensor, activations: str, static_scale: Tensor | None = None) -> 
     return (x / scale).clamp(-R, R).to(torch.float8_e4m3fn).float() * scale
 
 
+def bound(folder: Path) -> float:
+    """What activations are clipped to before they are quantized: FBGEMM has a bound, others infinity."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return config.get("activation_scale_ub", float("inf"))
+
+
 def reference_model(source: Path, folder: Path, kind: str, activations: str | None = None) -> nn.Module:
     """The float32 model that a checkpoint of a kind stands for: transformers' own, with the linears replaced.
 
@@ -284,7 +290,7 @@ def reference_model(source: Path, folder: Path, kind: str, activations: str | No
         activations: another way to quantize activations than the kind's.
     """
     how, tensors, model = KINDS[kind], load(folder), _model(source)
-    activations = activations or how.activations
+    activations, limit = activations or how.activations, bound(folder)
     for name, linear in _linears(model).items():
         codes = tensors[f"{name}.weight"]
         if codes.dtype != torch.float8_e4m3fn:
@@ -297,7 +303,7 @@ def reference_model(source: Path, folder: Path, kind: str, activations: str | No
         static_scale = tensors.get(f"{name}.input_scale")
 
         def hook(module: nn.Module, args: Any, static_scale: Tensor | None = static_scale) -> Any:
-            return (rounded(args[0], activations, static_scale),)
+            return (rounded(args[0].clamp(-limit, limit), activations, static_scale),)
 
         linear.register_forward_pre_hook(hook)
     return model

@@ -24,7 +24,6 @@ SCHEMES = {
     "quark tensor": "per-token",
     "compressed-tensors channel": "per-token",
     "quark channel": "per-token",
-    "fbgemm channel": "per-token",
     "modelopt tensor": "per-token",
     "compressed-tensors tensor static": "static",
     "compressed-tensors channel static": "static",
@@ -55,25 +54,20 @@ def bf16(tmp_path_factory):
     return write_checkpoint(config, tmp_path_factory.mktemp("llama") / "bf16", fp8=False)
 
 
-def load(kind, folder, **engine_args):
-    # vLLM calls FBGEMM's kind deprecated, and says how to have it all the same.
-    return Loaded(folder, allow_deprecated_quantization=kind.startswith("fbgemm"), **engine_args)
-
-
 def by_default(kinds):
     slow = pytest.mark.slow
     return [pytest.param(kind, marks=() if kind in BY_DEFAULT else slow) for kind in kinds]
 
 
 def weight_of(linear):
-    """The weight that a linear multiplies by, ``[N, H]``: its product with a diagonal of ones.
+    """The weight that a linear multiplies by, ``[N, H]``: of its product with a diagonal of one number.
 
-    With a static scale, of what has code 1.
+    With a static scale the number is what has code 1; otherwise it is small enough for FBGEMM's bound below.
     """
     static = hasattr(linear, "rmsq_scheme") and linear.rmsq_scheme.static
-    one = linear.input_scale.detach() if static else torch.ones(1)
-    eye = torch.eye(linear.input_size_per_partition) * one
-    return linear.quant_method.apply(linear, eye.bfloat16()).float().t() / one
+    number = linear.input_scale.detach() if static else torch.tensor([0.25])
+    diagonal = torch.eye(linear.input_size_per_partition) * number
+    return linear.quant_method.apply(linear, diagonal.bfloat16()).float().t() / number
 
 
 def assert_same_weight(linear, weight):
@@ -89,7 +83,7 @@ def assert_same_weight(linear, weight):
 def test_is_fused_and_multiplies_by_the_weights_of_the_checkpoint(kind, bf16, tmp_path):
     ids = TOKENS.long()
     folder = fp8_kinds.write(bf16, tmp_path / "fp8", kind, calibration=[ids])
-    loaded = load(kind, folder)
+    loaded = Loaded(folder)
     report = loaded.report
     assert len(report.fused) == 4 and len(report.fused_activations) == 2
     assert report.schemes == {SCHEMES[kind]: 8}
@@ -105,6 +99,39 @@ def test_is_fused_and_multiplies_by_the_weights_of_the_checkpoint(kind, bf16, tm
     assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.98
 
 
+def configure(folder, **changes):
+    """Change ``quantization_config`` of a checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_fbgemm_clips_activations_as_its_checkpoint_says(bf16, tmp_path):
+    ids = TOKENS.long()
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", "fbgemm channel")
+    configure(folder, activation_scale_ub=0.5)  # of 1200 nothing would be seen here
+    # vLLM calls the kind deprecated, and says how to have it all the same.
+    loaded = Loaded(folder, allow_deprecated_quantization=True)
+    report = loaded.report
+    assert len(report.fused) == 4 and report.schemes == {"per-token": 8}
+    reason = "activations are to be clipped to ±0.5, which the fused one cannot do"
+    assert [layer.reason for layer in report.activations] == [reason] * 2
+
+    exact = fp8_kinds.reference_model(bf16, folder, "fbgemm channel")
+    attention, stands_for = loaded.model.model.layers[0].self_attn, exact.model.layers[0].self_attn
+    projections = [getattr(stands_for, f"{name}_proj").weight for name in "qkv"]
+    assert_same_weight(attention.qkv_proj, torch.cat(projections))
+    configure(folder, activation_scale_ub=1200.0)
+    unclipped = fp8_kinds.reference_model(bf16, folder, "fbgemm channel")
+    logits = loaded.logits().float()
+    with torch.no_grad():
+        near, far = (
+            torch.nn.functional.cosine_similarity(logits, model(ids[None]).logits[0]).min()
+            for model in (exact, unclipped)
+        )
+    assert near > 0.98 and far < 0.9
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -116,7 +143,7 @@ def test_is_fused_and_multiplies_by_the_weights_of_the_checkpoint(kind, bf16, tm
 def test_weights_alone_are_multiplied_in_bf16(kind, bf16, tmp_path):
     ids = TOKENS.long()
     folder = fp8_kinds.write(bf16, tmp_path / "fp8", kind)
-    loaded = load(kind, folder)
+    loaded = Loaded(folder)
     assert loaded.report.weight_only == 8 and loaded.report.linears == len(loaded.report.fused) == 0
     assert "8 weight-only FP8 linears" in str(loaded.report)
     exact = fp8_kinds.reference_model(bf16, folder, kind)
@@ -158,9 +185,7 @@ def test_a_checkpoint_whose_shards_are_fused_has_one_scale(tmp_path):
 
 def test_a_kind_that_nobody_can_multiply_is_one_sentence(bf16, tmp_path):
     folder = fp8_kinds.write(bf16, tmp_path / "fp8", "fp8 block")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["weight_block_size"] = [64, 64]
-    (folder / "config.json").write_text(json.dumps(config))
+    configure(folder, weight_block_size=[64, 64])
     with pytest.raises(ValueError, match="no FP8 kernel") as caught:
         Loaded(folder)
     message = str(caught.value)

@@ -118,9 +118,9 @@ def test_compiles_without_graph_breaks(norm):
 
 
 def test_norms_that_the_op_cannot_compute_are_unfit(norm):
-    assert norm.unfit() == ""
+    assert norm.unfit(schemes.SCHEMES[0]) == ""
     norm.variance_size_override = 32
-    assert norm.unfit() == "it normalizes by a part of the row"
+    assert norm.unfit(schemes.SCHEMES[0]) == "it normalizes by a part of the row"
     norm.variance_size_override = None
     norm.weight = torch.nn.Parameter(torch.ones(H, dtype=torch.float64))
-    assert norm.unfit() == "its weight is torch.float64"
+    assert norm.unfit(schemes.SCHEMES[0]) == "its weight is torch.float64"

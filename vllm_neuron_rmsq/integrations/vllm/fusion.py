@@ -73,7 +73,7 @@ def bind(model: nn.Module, vllm_config: Any, model_config: Any) -> FusionReport 
                 layer.linears = [names[linear] for linear in finding.linears]
                 layer.reason = (
                     finding.reason
-                    or producer.unfit()
+                    or producer.unfit(linears[finding.linears[0]])
                     or misfit(finding, linears, names)
                     or adapted(model, lora, layer.linears)
                 )
@@ -171,7 +171,9 @@ def misfit(
         (one, scale), (other, other_scale) = (
             (linears[at], static_scale(at, linears[at])) for at in (first, linear)
         )
-        if linear is not first and (one.rows != other.rows or scale != other_scale):
+        if linear is not first and (
+            (one.rows, one.bound) != (other.rows, other.bound) or scale != other_scale
+        ):
             return f"{names[first]} and {names[linear]}, which read it, quantize it in different ways"
         width = linear.input_size_per_partition
         if width != finding.width:

@@ -8,6 +8,7 @@ Dimensions:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -148,7 +149,11 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         activation = as_quantized_activation(x, self.scheme.rows)
         if activation is None:
             rows = self.scheme.quantize(
-                x, static_scale=static_scale, target=self.target, backend=self.backend
+                x,
+                lower_bound=self.scheme.bound,
+                static_scale=static_scale,
+                target=self.target,
+                backend=self.backend,
             )
             dtype = x.dtype
         else:
@@ -254,9 +259,13 @@ def prepare(model: torch.nn.Module) -> None:
                 if isinstance(kernel, PackedFp8LinearKernel | WeightOnlyFp8LinearKernel):
                     process = owner.process_weights_after_loading
                     owner.process_weights_after_loading = functools.partial(_process, kernel, name, process)
+                    config: Any = getattr(owner, "quant_config", None)
                     # FBGEMM's would lay the weight out for a kernel of GPUs, if this is none with FP8.
-                    if getattr(getattr(owner, "quant_config", None), "use_marlin", False):
-                        owner.quant_config.use_marlin = False
+                    if getattr(config, "use_marlin", False):
+                        config.use_marlin = False
+                    # It alone clips activations: the checkpoint's activation_scale_ub.
+                    if isinstance(kernel, PackedFp8LinearKernel) and hasattr(config, "input_scale_ub"):
+                        kernel.scheme = dataclasses.replace(kernel.scheme, bound=config.input_scale_ub)
                     # compressed-tensors' for blocks of weights alone asserts that this is False.
                     if getattr(owner, "is_static_input_scheme", False) is None:
                         owner.is_static_input_scheme = False

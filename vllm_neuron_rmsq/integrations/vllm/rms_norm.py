@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_neuron_rmsq.integrations.vllm import versions
-from vllm_neuron_rmsq.integrations.vllm.schemes import Binding
+from vllm_neuron_rmsq.integrations.vllm.schemes import Binding, Scheme
 from vllm_neuron_rmsq.integrations.vllm.versions import GemmaRMSNorm, RMSNorm
 from vllm_neuron_rmsq.reference import DTYPES
 
@@ -46,6 +46,7 @@ class FusableNorm:
         scheme, backend, target, scale = self.binding
         options = {
             "eps": self.variance_epsilon,
+            "lower_bound": scheme.bound,
             "static_scale": scale,
             "backend": backend,
             "target": target,
@@ -63,8 +64,8 @@ class FusableNorm:
         """Write rows from now on. Only where nothing but packed FP8 linears reads the output."""
         self.binding = binding
 
-    def unfit(self) -> str:
-        """Say why it could not be fused whoever reads it, or return an empty string."""
+    def unfit(self, scheme: Scheme) -> str:
+        """Say why it could not be fused with linears of ``scheme``, or return an empty string."""
         return "" if self.weight.dtype in DTYPES else f"its weight is {self.weight.dtype}"
 
 
@@ -74,10 +75,10 @@ class RMSNormQuant(FusableNorm, RMSNorm):
     def gamma(self) -> torch.Tensor | None:
         return self.weight if self.pass_weight else None
 
-    def unfit(self) -> str:
+    def unfit(self, scheme: Scheme) -> str:
         if self.variance_size_override is not None:
             return "it normalizes by a part of the row"
-        return super().unfit()
+        return super().unfit(scheme)
 
 
 class GemmaRMSNormQuant(FusableNorm, GemmaRMSNorm):

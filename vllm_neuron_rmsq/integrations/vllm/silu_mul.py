@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vllm_neuron_rmsq.integrations.vllm.schemes import Binding
+from vllm_neuron_rmsq.integrations.vllm.schemes import Binding, Scheme
 
 
 class Place(NamedTuple):
@@ -50,8 +50,10 @@ class SiluMulQuant(nn.Module):
         rows = scheme.silu_mul(x, static_scale=scale, target=target, backend=backend)
         return scheme.wrap(rows, x.dtype, scale)
 
-    def unfit(self) -> str:
-        """Say why it could not be fused whoever reads it: there is no such reason."""
+    def unfit(self, scheme: Scheme) -> str:
+        """Say why it could not be fused with linears of ``scheme``, or return an empty string."""
+        if scheme.bound:
+            return f"activations are to be clipped to ±{scheme.bound:g}, which the fused one cannot do"
         return ""
 
 

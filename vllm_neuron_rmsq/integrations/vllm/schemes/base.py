@@ -13,10 +13,17 @@ from vllm_neuron_rmsq.target import Target
 
 
 def quantize(
-    hidden: torch.Tensor, *, static_scale: torch.Tensor | None, target: Target, backend: str
+    hidden: torch.Tensor,
+    *,
+    lower_bound: float,
+    static_scale: torch.Tensor | None,
+    target: Target,
+    backend: str,
 ) -> torch.Tensor:
     """Quantize ``hidden`` ``[..., H]`` as it is: the norm's op without a norm."""
-    return ops.rms_norm_quant(hidden, None, static_scale=static_scale, target=target, backend=backend)
+    return ops.rms_norm_quant(
+        hidden, None, lower_bound=lower_bound, static_scale=static_scale, target=target, backend=backend
+    )
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,14 @@ class Scheme:
             ``rows`` that stands for an activation of ``dtype``.
         static: whether activations are quantized by one scale that the checkpoint gives for each linear.
         blocks: whether a weight has a scale for each block of 128 x 128.
-        norm: ``(hidden, weight, *, eps, residual, static_scale, target, backend)``, as
+        bound: activations are clipped to ±bound before they are quantized; 0 does not clip.
+        norm: ``(hidden, weight, *, eps, residual, lower_bound, static_scale, target, backend)``, as
             ``ops.rms_norm_quant``: rows of the normalized ``hidden`` (``[..., H]``), and ``residual_out``
             when a residual is given.
         silu_mul: ``(gate_up, *, static_scale, target, backend)``, as ``ops.silu_mul_quant``: rows of SiLU of
-            the gate times up, of ``gate_up`` (``[..., 2 I]``).
-        quantize: ``(hidden, *, static_scale, target, backend)``: rows of ``hidden`` as it is, for a linear
-            that gets it plain.
+            the gate times up, of ``gate_up`` (``[..., 2 I]``). Does not clip.
+        quantize: ``(hidden, *, lower_bound, static_scale, target, backend)``: rows of ``hidden`` as it is,
+            for a linear that gets it plain.
         multiply: ``(rows, weight, weight_scale, *, bias, static_scale, out_dtype)``, as
             ``ops.packed_fp8_linear``: ``[..., N]``.
     """
@@ -64,6 +72,7 @@ class Scheme:
     wrap: Callable[..., Any]
     static: bool = False
     blocks: bool = False
+    bound: float = 0.0
     norm: Callable[..., Any] = ops.rms_norm_quant
     silu_mul: Callable[..., Any] = ops.silu_mul_quant
     quantize: Callable[..., Any] = quantize
