@@ -133,6 +133,7 @@ def test_the_layer_level_test(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_what_the_nki_kernels_would_cost(tiny, tmp_path):
     results = ROOT / "benchmarks/results/nki_cost.csv"
     before = results.read_bytes()

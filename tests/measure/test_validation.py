@@ -97,6 +97,7 @@ def test_wrong_use(checkpoints, arguments, said):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_whole_model(checkpoints, tmp_path):
     """Both ways in, the FP8 checkpoint and the bf16 one, through the command; random weights know no text."""
     arguments = ["--tokens", "64", "--layer", "1", "--target", "trn2", "--work", str(tmp_path), "--json"]

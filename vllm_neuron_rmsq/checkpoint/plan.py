@@ -17,7 +17,7 @@ from vllm_neuron_rmsq.checkpoint.files import Described, Tensor
 from vllm_neuron_rmsq.checkpoint.folder import some
 from vllm_neuron_rmsq.target import Target
 
-DECODER_LINEAR = re.compile(r"(^|\.)layers\.\d+\.(.*\.)?\w*_proj\.weight$")
+DECODER_LINEAR = re.compile(r"(^|\.)layers\.\d+\.(.*\.)?\w*_proj(_with_mqa)?\.weight$")
 """Checkpoint names of what is quantized: ``q_proj``, ``gate_up_proj``, ``experts.7.down_proj``, ..."""
 
 NO_DECODER = re.compile(r"(^|\.)([^.]*(vision|visual|image|audio|speech|encoder)[^.]*|vit)\.")
@@ -25,9 +25,17 @@ NO_DECODER = re.compile(r"(^|\.)([^.]*(vision|visual|image|audio|speech|encoder)
 
 LM_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 EMBEDDING = re.compile(r"(^|\.)embed_tokens\.weight$")
-EXPERTS = re.compile(r"^(.*\bexperts)\.")
+FUSED_EXPERTS = re.compile(r"(\blayers\.\d+\..*\b(experts|block_sparse_moe))\.[^.]+(\.weight)?$")
+"""Names of experts in one tensor of three dimensions. The first group is where vLLM has them."""
+TOWER = re.compile(r"^((model|language_model)\.)*+(?!layers\.)(?P<tower>\w+)\.")
+"""Names of what is beside the decoder's layers: ``visual.blocks.0.mlp``, ``model.connector.proj``, ..."""
 
-MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+MERGED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
 """Linears that vLLM makes one of: all of them are quantized, or none."""
 
 FLOATS = ("BF16", "F16", "F32")
@@ -126,6 +134,7 @@ class Plan:
         steps: by the file they are written to.
         quantized: names of the linears that are in FP8 in the end.
         left: parameters of each linear, or block of experts, that stays as it is, by name.
+        ignore: what says so in ``quantization_config``.
         quantization_config: of ``config.json``.
         config: what else changes in ``config.json``.
     """
@@ -133,6 +142,7 @@ class Plan:
     steps: dict[str, list[Step]] = field(default_factory=dict)
     quantized: list[str] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
     quantization_config: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -161,36 +171,38 @@ def make(name: str, config: dict[str, Any], shards: dict[str, dict[str, Tensor]]
 
 def quantization_config(
     ignore: Iterable[str],
-    heads: Iterable[str] = (),
+    with_head: bool = False,
     per_tensor: bool = False,
-    static: bool = False,
+    activations: str | None = "token",
     kv_cache_scheme: Any = None,
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of ``config.json``, as compressed-tensors 0.17 writes it.
 
     Args:
         ignore: names of the linears that were left unquantized.
-        heads: names of output projections that were quantized; vLLM does not count them among linears.
+        with_head: the output projection was quantized, too; vLLM does not count it among linears.
         per_tensor: a weight has one scale, not one a channel.
-        static: activations have one scale from the checkpoint, not one a token found at run time.
+        activations: ``token``: a scale for each, found at run time; ``tensor``: one, of the checkpoint;
+            ``None``: they are not quantized.
         kv_cache_scheme: what the source's configuration says of the KV cache.
     """
     number = {"num_bits": 8, "type": "float", "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": "float-quantized" if activations else "naive-quantized",
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
-                "targets": ["Linear", *heads],
+                # Models with several towers have it elsewhere, and vLLM translates only names with a dot.
+                "targets": ["Linear", *([r"re:.*\blm_head$"] if with_head else [])],
                 "weights": number
                 | {
                     "strategy": "tensor" if per_tensor else "channel",
                     "dynamic": False,
                     "observer": "memoryless_minmax",
                 },
-                "input_activations": number
-                | {"strategy": "tensor" if static else "token", "dynamic": not static},
+                "input_activations": activations
+                and number | {"strategy": activations, "dynamic": activations == "token"},
             }
         },
         "kv_cache_scheme": kv_cache_scheme,
@@ -246,7 +258,10 @@ def _quantize(
         )
     _all_or_none(name, plan, everything)
     plan.quantization_config = quantization_config(
-        _ignore(plan, bool(heads)), heads, recipe.scheme == "per-tensor", static
+        _ignore(plan, bool(heads)),
+        bool(heads),
+        recipe.scheme == "per-tensor",
+        "tensor" if static else "token",
     )
     return plan
 
@@ -259,7 +274,8 @@ def _from_fp8(
     recipe: Recipe,
 ) -> Plan:
     plan = Plan()
-    before = config.get("quantization_config") or config.get("compression_config") or {}
+    before = config.get("quantization_config") or config.get("compression_config")
+    before = before if isinstance(before, dict) else {}
     consumed: set[str] = set()
     refits: dict[str, Refit] = {}
     for tensor in everything.values():
@@ -289,14 +305,22 @@ def _from_fp8(
                 _must_be_unquantized(name, tensor)
                 steps.append(Copy(tensor))
                 _leave(plan, tensor, tensor.name.removesuffix(".weight"))
-    heads = [module for module in plan.quantized if LM_HEAD.search(f"{module}.weight")]
+    with_head = any(LM_HEAD.search(f"{module}.weight") for module in plan.quantized)
     plan.quantization_config = quantization_config(
-        _ignore(plan, bool(heads)),
-        heads,
-        static=statics.pop(),
-        kv_cache_scheme=before.get("kv_cache_scheme") if isinstance(before, dict) else None,
+        _ignore(plan, with_head),
+        with_head,
+        activations="tensor" if statics.pop() else None if _weights_alone(before) else "token",
+        kv_cache_scheme=before.get("kv_cache_scheme"),
     )
     return plan
+
+
+def _weights_alone(quantization: dict[str, Any]) -> bool:
+    """Whether compressed-tensors' configuration leaves activations as they are."""
+    groups = quantization.get("config_groups")
+    return isinstance(groups, dict) and all(
+        isinstance(group, dict) and group.get("input_activations") is None for group in groups.values()
+    )
 
 
 def _refuse_quantized(name: str, config: dict[str, Any], in_fp8: list[Tensor]) -> None:
@@ -370,26 +394,25 @@ def _untied(config: dict[str, Any]) -> dict[str, Any]:
 
 def _leave(plan: Plan, tensor: Tensor, module: str) -> None:
     """Note a linear, or a block of experts, that stays as it is."""
-    experts = EXPERTS.match(tensor.name)
-    is_linear = len(tensor.shape) == 2 and module != tensor.name and "embed" not in module
-    if is_linear or (experts and len(tensor.shape) == 3):
-        plan.left[module] = math.prod(tensor.shape)
+    experts = FUSED_EXPERTS.search(tensor.name) if len(tensor.shape) == 3 else None
+    if experts:  # no linears of their own; vLLM looks for experts.0.<name>
+        plan.ignore.append(rf"re:.*\b{re.escape(experts[1])}\..*")
+    elif len(tensor.shape) == 2 and module != tensor.name and "embed" not in module:
+        plan.ignore.append(module)
+    else:
+        return
+    plan.left[module] = math.prod(tensor.shape)
 
 
 def _ignore(plan: Plan, with_head: bool) -> list[str]:
-    """Return ``ignore``: what vLLM must not take for quantized.
+    """Return ``ignore``: what must not be taken for quantized, by its name in the checkpoint.
 
-    Experts fused in one tensor have no names of their own there; vLLM looks for ``experts.0.<name>``.
+    vLLM translates these names to its own, but not regular expressions. transformers translates neither, so a
+    tower of which nothing is quantized is also named as a whole, whatever it calls what the tower is in.
     """
-    ignore = [] if with_head else ["lm_head"]
-    for module in plan.left:
-        experts = EXPERTS.match(module)
-        entry = module
-        if experts and module not in plan.quantized and "." not in module[experts.end() :]:
-            entry = "re:" + re.escape(experts[1]) + r"\..*"
-        if entry not in ignore:
-            ignore.append(entry)
-    return ignore
+    towers = [f"re:.*\\b{match['tower']}\\..*" for module in plan.left if (match := TOWER.match(module))]
+    whole = [one for one in towers if not any(_matches(module, one) for module in plan.quantized)]
+    return list(dict.fromkeys(([] if with_head else ["lm_head"]) + plan.ignore + whole))
 
 
 def _all_or_none(name: str, plan: Plan, everything: dict[str, Tensor]) -> None:
@@ -446,7 +469,7 @@ def blocks_of(weight: Tensor, scale: Tensor, config: dict[str, Any]) -> tuple[in
     if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
         block = (size[0], size[1])
     expected = [*experts, -(-rows // block[0]), -(-columns // block[1])]
-    if list(scale.shape) != expected:
+    if [size for size in scale.shape if size > 1] != [size for size in expected if size > 1]:
         raise ValueError(
             f"{scale.name}: is {list(scale.shape)}; expected [1], [{rows}], [{rows}, 1] or, for "
             f"blocks of {block[0]} x {block[1]}, {expected}"

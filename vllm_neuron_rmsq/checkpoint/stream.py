@@ -292,7 +292,7 @@ def scale_of_rows(
         return column if len(column) == 1 else column[row : row + codes.shape[0]]
     numbers = torch.arange(row, row + codes.shape[0])
     expert, within = numbers // shape[-2], numbers % shape[-2]
-    lines = scale.view(-1, scale.shape[-1])
+    lines = scale.view(-1, -(-shape[-1] // block[1]))
     of_rows = lines[expert * (len(lines) // math.prod(shape[:-2])) + within // block[0]]
     return of_rows.repeat_interleave(block[1], dim=1)[:, : shape[-1]]
 
