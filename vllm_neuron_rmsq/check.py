@@ -127,6 +127,8 @@ def model(path: str | Path) -> dict[str, Any]:
         folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1
     ):
         raise CheckError(f"{path}: is not there; expected a checkpoint folder")
+    if folder.exists() and not folder.is_dir():
+        raise CheckError(f"{path}: is no directory; expected a checkpoint folder")
     if folder.exists() and not (folder / "config.json").is_file():
         raise CheckError(f"{path}: has no config.json; expected a checkpoint folder")
     return _ask("model", str(path))

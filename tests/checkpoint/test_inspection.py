@@ -162,7 +162,13 @@ def test_a_checkpoint_without_fp8(tmp_path):
     assert list(found.others) == ["BF16"]
 
 
-@pytest.mark.parametrize(("path", "message"), [("nothing", "is not there"), ("", "has no config.json")])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nothing", r"is not there; expected a checkpoint directory or a \.safetensors file"),
+        ("", "has no config.json"),
+    ],
+)
 def test_what_is_no_checkpoint(tmp_path, path, message):
     with pytest.raises(ValueError, match=message):
         inspect(tmp_path / path)

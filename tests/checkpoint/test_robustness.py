@@ -153,6 +153,20 @@ def test_a_hub_id_gets_the_command(tmp_path, monkeypatch):
     refused(Path("meta-llama/Llama-3.1-8B"), Path("fp8"), message)
 
 
+def test_a_file_missing_from_a_folder_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    with pytest.raises(ValueError, match=r"is not there; expected .* a \.gguf file$"):
+        convert(Path("models/llama.gguf"), Path("fp8"))
+
+
+def test_a_tokenizer_that_is_none(tmp_path):
+    source = write_llama(tmp_path / "bf16")
+    with pytest.raises(ValueError, match=r"bf16: cannot be loaded to calibrate it \("):
+        convert(source, tmp_path / "fp8", scheme="static", calibration_text="some words")
+    assert [path.name for path in tmp_path.iterdir()] == ["bf16"]
+
+
 def test_other_numbers_are_copied(tmp_path):
     source = write_llama(tmp_path / "bf16")
     others = {

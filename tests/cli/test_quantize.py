@@ -67,6 +67,15 @@ def test_report_and_json(tmp_path):
     assert json.loads(again.output)["layers"] == report["layers"]
 
 
+@pytest.mark.parametrize("place", ["no/report.json", "."])
+def test_a_report_that_cannot_be_written_is_found_out_first(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = write_llama(tmp_path / "bf16")
+    result = CliRunner().invoke(app, ["quantize", str(source), "fp8", "--report", place])
+    assert f"{place}: cannot be written, " in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["bf16"]
+
+
 def test_without_torch(tmp_path):
     program = "import sys; sys.modules['torch'] = None; from vllm_neuron_rmsq.cli import main; main()"
     done = subprocess.run(

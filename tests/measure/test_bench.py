@@ -113,6 +113,23 @@ def test_a_model_that_is_not_there(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--csv", "no/bench.csv"), "no/bench.csv: cannot be written, no is no directory"),
+        (("--csv", "."), ".: cannot be written, is a directory"),
+        (("--plot", "bench.docx"), "bench.docx: expected the name of a picture"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_found_out_first(option, said, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        app, ["bench", str(llama / "bf16"), "--cache", str(tmp_path / "new"), *option]
+    )
+    assert said in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # six servers, four of which compile the model
 def test_every_side_answers(tmp_path, smollm2_bf16):

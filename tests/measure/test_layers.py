@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fp8_kinds
 import pytest
 import torch
+from checkpoints import edit
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_models import SIZES, tiny_config, write_checkpoint
 
@@ -56,6 +58,30 @@ def test_every_backend_keeps_the_contract(llama, target):
     assert all(one.passed for one in found), [one for one in found if not one.passed]
     # FP8 has 3 bits of mantissa: an error of 2^-4 at most, some 2.6 % rms each for weights and activations.
     assert all(0.01 < one.output_error < 0.06 for one in found)
+
+
+@pytest.mark.parametrize("kind", ["fp8 block", "compressed-tensors tensor static", "modelopt block"])
+def test_other_schemes(kind, llama, tmp_path):
+    """Scales of blocks, and static activations, which have the largest scale of those that read them."""
+    fp8 = fp8_kinds.write(llama, tmp_path / "fp8", kind, calibration=[torch.tensor(TOKENS)])
+    steps = steps_of(llama)
+    for target in ("trn2", "trn3"):
+        found = layers.compare(steps, fp8, target, BACKENDS)
+        assert all(one.passed for one in found), [one for one in found if not one.passed]
+        assert all(0.01 < one.output_error < 0.06 for one in found)
+    if "static" in kind:
+        given = fp8_kinds.load(fp8)
+        first = steps[0]
+        scales = [float(given[f"{name}.input_scale"]) for name in first.linears]
+        assert len(scales) == 3
+        assert layers._static_scale(fp8, first, "trn2") == 2 * max(scales)
+
+
+def test_scales_of_other_blocks_are_refused(llama, tmp_path):
+    fp8 = fp8_kinds.write(llama, tmp_path / "fp8", "fp8 block")
+    edit(fp8, {"model.layers.0.self_attn.o_proj.weight_scale_inv": torch.ones(7)})
+    with pytest.raises(ValueError, match=r"o_proj are \[7\]; expected one, one for each output, or"):
+        layers.compare(steps_of(llama), fp8, "trn2", ["torch"])
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import fp8_kinds
 import pytest
 import torch
-from checkpoints import load
+from checkpoints import edit, load
 from typer.testing import CliRunner
 from vllm_models import tiny_config, write_checkpoint
 
@@ -83,11 +84,37 @@ def test_dequantized_weights_are_those_of_the_checkpoint(checkpoints, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
+@pytest.mark.parametrize("kind", sorted(fp8_kinds.KINDS))
+def test_dequantized_weights_of_every_kind(kind, checkpoints, tmp_path):
+    fp8 = fp8_kinds.write(checkpoints, tmp_path / "fp8", kind, calibration=[torch.arange(3, 40)])
+    validation.dequantize(fp8, tmp_path / "out")
+    given = load(tmp_path / "out")
+    assert set(given) == set(load(checkpoints))
+    for name, linear in fp8_kinds.reference_model(checkpoints, fp8, kind).named_modules():
+        if fp8_kinds.is_linear(f"{name}.weight"):
+            torch.testing.assert_close(given[f"{name}.weight"], linear.weight.detach().bfloat16())
+
+
+def test_scales_that_are_none_are_refused(checkpoints, tmp_path):
+    fp8 = fp8_kinds.write(checkpoints, tmp_path / "fp8", "fp8 block")
+    edit(fp8, {"model.layers.0.self_attn.o_proj.weight_scale_inv": torch.ones(7)})
+    with pytest.raises(ValueError, match=r"o_proj.weight has no scale for each output.*with --reference"):
+        validation.dequantize(fp8, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["{bf16}/fp8", "--reference", "nothing"], "nothing: has no config.json; expected a Hugging Face"),
+        (
+            ["{bf16}", "--backend", "cup"],
+            "backend: expected one of auto, nki, ",
+        ),
+        (["{bf16}", "--plot", "no/numbers.png"], "no/numbers.png: cannot be written, no is no directory"),
+        (["{bf16}", "--plot", "numbers.docx"], "numbers.docx: expected the name of a picture, .png or"),
         (["nothing"], "nothing: is not there; expected a checkpoint directory or a .gguf file"),
-        (["{bf16}", "--reference", "x"], "is not quantized, so it is its own"),
+        (["{bf16}", "--reference", "{bf16}"], "is not quantized, so it is its own"),
         (["{bf16}", "--text", "nothing.txt"], "nothing.txt: cannot be read as text"),
     ],
 )

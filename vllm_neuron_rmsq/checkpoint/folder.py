@@ -36,6 +36,8 @@ WEIGHT_SUFFIXES = (
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+SOURCE = "a checkpoint directory or a .gguf file"
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -50,8 +52,12 @@ class Survey:
     problems: list[str]
 
 
-def require(source: Path) -> None:
+def require(source: Path, expected: str = SOURCE) -> None:
     """Refuse a path that is no folder and no file.
+
+    Args:
+        source: the path.
+        expected: what it should be, for the message.
 
     Raises:
         ValueError: it is not there, cannot be reached, or is a FIFO, a socket or a device.
@@ -61,8 +67,8 @@ def require(source: Path) -> None:
     except FileNotFoundError as error:
         if source.is_symlink():
             raise unreadable(source, error) from error
-        what = f"{source}: is not there; expected a checkpoint directory or a .gguf file"
-        if HUB_ID.fullmatch(str(source)):
+        what = f"{source}: is not there; expected {expected}"
+        if HUB_ID.fullmatch(str(source)) and not source.parent.exists():
             what += (
                 f". If it is a model on the Hugging Face Hub, download it first: "
                 f"hf download {source} --local-dir {source.name}"
@@ -71,7 +77,7 @@ def require(source: Path) -> None:
     except OSError as error:
         raise unreadable(source, error) from error
     if kind(mode) not in ("a directory", "a file"):
-        raise ValueError(f"{source}: expected a checkpoint directory or a .gguf file, got {kind(mode)}")
+        raise ValueError(f"{source}: expected {expected}, got {kind(mode)}")
 
 
 def read_config(source: Path) -> dict[str, Any]:

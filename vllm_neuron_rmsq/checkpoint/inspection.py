@@ -157,7 +157,7 @@ def inspect(source: Path, target: Target | str = "trn2", progress: Progress | No
         ValueError: ``source`` is not there or holds no safetensors, or its ``config.json`` or index is none.
     """
     chosen = get(target)
-    folder.require(source)
+    folder.require(source, "a checkpoint directory or a .safetensors file")
     found = Inspection(source, str(chosen))
     config: dict[str, Any] = {}
     if source.is_dir():

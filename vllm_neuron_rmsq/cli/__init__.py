@@ -95,7 +95,10 @@ def quantize(
     with _progress() as progress, shown_without_trace():
         from vllm_neuron_rmsq import checkpoint
         from vllm_neuron_rmsq.cli.quantize import as_json, show, write
+        from vllm_neuron_rmsq.measure.results import check_folder
 
+        if report is not None:
+            check_folder(report)
         task = progress.add_task("Quantizing", total=None)
 
         def tell(done: int, total: int, what: str) -> None:
@@ -144,10 +147,10 @@ def inspect(
     with _progress() as progress, shown_without_trace():
         from vllm_neuron_rmsq import checkpoint as checkpoints
         from vllm_neuron_rmsq.cli.inspect import as_json, draw, show
-        from vllm_neuron_rmsq.measure import results
+        from vllm_neuron_rmsq.measure.results import check_picture
 
         if plot is not None:
-            results.figure_of(1, 1)
+            check_picture(plot)
         found = checkpoints.inspect(checkpoint, target, _teller(progress, "Reading"))
         if plot is not None:
             draw(found, plot)
@@ -226,10 +229,10 @@ def validate(
         from vllm_neuron_rmsq.cli.validate import plot as draw
         from vllm_neuron_rmsq.cli.validate import show
         from vllm_neuron_rmsq.measure import validation
-        from vllm_neuron_rmsq.measure.results import figure_of
+        from vllm_neuron_rmsq.measure.results import check_picture
 
         if plot is not None:
-            figure_of(1, 1)  # not found out after minutes
+            check_picture(plot)
         found = validation.validate(
             model,
             reference=reference,
@@ -289,7 +292,9 @@ def bench(
 
         engine.need_vllm()  # before anything is downloaded
         if plot is not None:
-            results.figure_of(1, 1)
+            results.check_picture(plot)
+        if csv is not None:
+            results.check_folder(csv)
         source = smollm2.bf16(cache) if model is None else model
         with _progress() as progress:
             found = bench.compare(

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from vllm_neuron_rmsq import target as targets
 from vllm_neuron_rmsq.checkpoint import Inspection, Weight
-from vllm_neuron_rmsq.measure.results import figure_of
+from vllm_neuron_rmsq.measure.results import figure_of, save
 
 WORST = 10
 
@@ -121,7 +121,4 @@ def draw(found: Inspection, path: Path) -> None:
     ]
     axes.set_yticks(named, [found.weights[i].name for i in named], fontsize=6)
     axes.set_title(f"{found.path.name}: {lines} FP8 weights" + ("; the worst are named" if worst else ""))
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from error
+    save(figure, path)

@@ -90,7 +90,7 @@ def plot(found: v.Validation, path: Path) -> None:
     """Draw how the tokens' logprobs differ from bf16's, and the layers' output errors.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: matplotlib is not installed, or the picture cannot be written.
     """
     figure, (left, right) = results.figure_of(11, 4.2, 2)
     for text in found.texts[1:]:
@@ -115,4 +115,4 @@ def plot(found: v.Validation, path: Path) -> None:
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{found.model}: {results.processor()}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    results.save(figure, path)

@@ -224,7 +224,7 @@ def plot(found: Comparison, path: Path) -> None:
     """Draw :class:`Comparison` as bars, one group for each work.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: matplotlib is not installed, or the picture cannot be written.
     """
     figure, axis = results.figure_of(9, 4)
     works, sides = list(found.speeds), list(next(iter(found.speeds.values())))
@@ -237,4 +237,4 @@ def plot(found: Comparison, path: Path) -> None:
     axis.set(ylabel="tokens/s", title=f"{found.model}: {results.this_run()['machine']}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    results.save(figure, path)

@@ -37,6 +37,8 @@ TIES = 1e-3
 NKI_SCALES, NKI_CODES = 2.0**-7, 0.02
 """NKI's norm has stages in 16 bits."""
 
+SCALES = ("weight_scale", "weight_scale_inv")
+
 
 @dataclass
 class Step:
@@ -183,20 +185,29 @@ def compare(steps: Sequence[Step], fp8: Path, target_name: str, names: Sequence[
     """
     found = []
     for step in steps:
-        expected, exact = _expected(step, target_name)
+        static_scale = _static_scale(fp8, step, target_name)
+        expected, exact = _expected(step, target_name, static_scale)
         exact_codes = oracle.to_fp8(expected.scaled)
         truth = {name: exact @ w.double().t() for name, w in step.linears.items()}
         for backend in names:
             device = next(iter(backends.get(backend).devices), "cpu")
-            rows = _quantize(step, target_name, backend, device)
-            codes, scale = (part.cpu() for part in packed.unpack(rows))
+            rows = _quantize(step, target_name, backend, device, static_scale)
+            if static_scale is None:
+                codes, scale = (part.cpu() for part in packed.unpack(rows))
+            else:
+                codes, scale = rows.cpu(), torch.full((len(rows), 1), static_scale)
             off = np.abs(oracle.ordinal(codes.numpy()) - oracle.ordinal(exact_codes))
             scale_error = float(np.max(np.abs(scale.double().numpy() / expected.scale - 1)))
             wrong = total = 0.0
             for name in step.linears:
                 weight, weight_scale = _weight(fp8, name, target_name)
                 out = ops.packed_fp8_linear(
-                    rows, weight.to(device), weight_scale.to(device), out_dtype=torch.float32, backend=backend
+                    rows,
+                    weight.to(device),
+                    weight_scale.to(device),
+                    static_scale=static_scale,
+                    out_dtype=torch.float32,
+                    backend=backend,
                 )
                 wrong += float((out.cpu().double() - truth[name]).square().sum())
                 total += float(truth[name].square().sum())
@@ -223,38 +234,80 @@ def compare(steps: Sequence[Step], fp8: Path, target_name: str, names: Sequence[
     return found
 
 
-def _expected(step: Step, target_name: str) -> tuple[oracle.Expected, Tensor]:
+def _expected(step: Step, target_name: str, static_scale: float | None) -> tuple[oracle.Expected, Tensor]:
     """What the contract says, and the unquantized activation ``[T, H]`` in float64."""
     x = step.x.double()
     if step.kind == SILU:
         gate, up = x.chunk(2, dim=-1)
-        return oracle.silu_mul_quant(step.x, target=target_name), F.silu(gate) * up
+        expected = oracle.silu_mul_quant(step.x, static_scale=static_scale, target=target_name)
+        return expected, F.silu(gate) * up
     if step.gamma is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + step.eps) * step.gamma.double()
-    return oracle.rms_norm_quant(step.x, step.gamma, eps=step.eps, target=target_name), x
+    expected = oracle.rms_norm_quant(
+        step.x, step.gamma, eps=step.eps, static_scale=static_scale, target=target_name
+    )
+    return expected, x
 
 
-def _quantize(step: Step, target_name: str, backend: str, device: str) -> Tensor:
+def _quantize(step: Step, target_name: str, backend: str, device: str, static_scale: float | None) -> Tensor:
     x = step.x.to(device)
     if step.kind == SILU:
-        return ops.silu_mul_quant(x, target=target_name, backend=backend)
+        return ops.silu_mul_quant(x, static_scale=static_scale, target=target_name, backend=backend)
     gamma = None if step.gamma is None else step.gamma.to(device)
-    rows = ops.rms_norm_quant(x, gamma, eps=step.eps, target=target_name, backend=backend)
+    rows = ops.rms_norm_quant(
+        x, gamma, eps=step.eps, static_scale=static_scale, target=target_name, backend=backend
+    )
     assert isinstance(rows, Tensor)
     return rows
 
 
-def _weight(fp8: Path, name: str, target_name: str) -> tuple[Tensor, Tensor]:
-    """A linear's FP8 weight ``[N, H]`` uint8, within the target's range, and its scales ``[N]``, ``[1]``."""
-    weight = scale = None
-    for path in sorted(fp8.glob("*.safetensors")):
+def natural_scale(scale: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return a weight's scales as the contract has them, whatever shape the checkpoint has.
+
+    Args:
+        scale: the checkpoint's.
+        shape: of the weight, ``[N, H]``.
+
+    Returns:
+        fp32 ``[1]``, ``[N]`` or ``[ceil(N / 128), ceil(H / 128)]``; ``None`` where they are none of these.
+    """
+    if scale.numel() in (1, shape[0]):
+        return scale.float().reshape(-1)
+    blocks = weights.block_scale_shape(*shape)
+    return scale.float().reshape(blocks) if scale.numel() == math.prod(blocks) else None
+
+
+def _static_scale(fp8: Path, step: Step, target_name: str) -> float | None:
+    """The scale that the checkpoint gives for what a step's linears read; as vLLM, the largest of theirs."""
+    names = {f"{name}.input_scale" for name in step.linears}
+    given = list(_tensors(fp8, names).values())
+    if not given:
+        return None
+    largest = torch.stack([scale.float().max() for scale in given]).max()
+    return float(target.get(target_name).static_scale(largest))
+
+
+def _tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Those of the tensors that a checkpoint directory has."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if f"{name}.weight" in names:
-                weight = file.get_tensor(f"{name}.weight")
-            if f"{name}.weight_scale" in names:
-                scale = file.get_tensor(f"{name}.weight_scale")
+            found |= {name: file.get_tensor(name) for name in names & set(file.keys())}
+    return found
+
+
+def _weight(fp8: Path, name: str, target_name: str) -> tuple[Tensor, Tensor]:
+    """A linear's FP8 weight ``[N, H]`` uint8, within the target's range, and its scales."""
+    found = _tensors(fp8, {f"{name}.{part}" for part in ("weight", *SCALES)})
+    weight = found.pop(f"{name}.weight", None)
+    scale = next(iter(found.values()), None)
     if weight is None or scale is None or weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"{fp8}: has no FP8 weight and weight_scale for {name}")
-    fitted = weights.fit(weight.view(torch.uint8), scale.float().reshape(-1), target.get(target_name))
+    natural = natural_scale(scale, weight.shape)
+    if natural is None:
+        raise ValueError(
+            f"{fp8}: the scales of {name} are {list(scale.shape)}; expected one, one for each output, or one "
+            "for each block of 128 x 128"
+        )
+    fitted = weights.fit(weight.view(torch.uint8), natural, target.get(target_name))
     return fitted.codes, fitted.scale

@@ -98,6 +98,37 @@ def figure_of(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be drawn in the end: before minutes are spent on what it would show.
+
+    Raises:
+        ValueError: matplotlib is not installed, the name is none of a picture, or there is no such directory.
+    """
+    kinds = figure_of(1, 1)[0].canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"{path}: expected the name of a picture, .png or another of {', '.join(kinds)}")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError unless the directory that a file is to be written in is there."""
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a directory" if path.is_dir() else f"{path.parent} is no directory"
+        raise ValueError(f"{path}: cannot be written, {why}; choose another place")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
 def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()

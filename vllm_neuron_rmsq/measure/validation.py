@@ -21,10 +21,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vllm_neuron_rmsq import backends, checkpoint
+from vllm_neuron_rmsq import backends, checkpoint, weights
 from vllm_neuron_rmsq.measure import layers as layers_of
 from vllm_neuron_rmsq.measure import results
 from vllm_neuron_rmsq.measure.engine import STOCK, Engine, Scores, need_vllm
+from vllm_neuron_rmsq.measure.layers import SCALES
 from vllm_neuron_rmsq.target import TARGETS
 
 WINDOW, TOKENS = 1000, 4000
@@ -128,7 +129,7 @@ def validate(
     """Measure what FP8 in packed rows does to a model.
 
     Args:
-        model: checkpoint directory in bf16, or in FP8 (per-channel or per-tensor), or a GGUF file.
+        model: checkpoint directory in bf16, or in FP8, or a GGUF file.
         reference: the bf16 checkpoint that an FP8 ``model`` was made of; ``None`` takes ``model``'s own
             weights, dequantized, and so shows what FP8 activations and the target cost but not the weights.
         text: to read; ``None`` is CPython's documentation of its language (``pydoc_data.topics``).
@@ -146,6 +147,10 @@ def validate(
     need_vllm()
     if not model.exists():
         raise ValueError(f"{model}: is not there; expected a checkpoint directory or a .gguf file")
+    if reference is not None:
+        _config(reference)
+    if backend != "auto" and (reason := backends.unavailable(backend)):
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     if tokens < 0:
         raise ValueError(f"tokens: expected 0 or more, got {tokens}")
     sides = ["bf16", *targets] if tokens else []
@@ -249,7 +254,8 @@ def dequantize(source: Path, out: Path) -> None:
     """Write the bf16 checkpoint directory ``out``: every FP8 weight of ``source`` times its scales.
 
     Raises:
-        ValueError: ``source`` has other scales than one for each output, or one for all.
+        ValueError: ``source`` has other scales than one for each output, for all, or for each block of
+            128 x 128.
     """
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -260,16 +266,18 @@ def dequantize(source: Path, out: Path) -> None:
         for path in sorted(source.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        scales = {n: tensors.pop(n).float() for n in list(tensors) if n.endswith("_scale")}
+        scales = {n: tensors.pop(n) for n in list(tensors) if n.endswith(("_scale", "_scale_inv"))}
         for name, tensor in tensors.items():
             if tensor.dtype == torch.float8_e4m3fn:
-                scale = scales.get(f"{name}_scale")
-                if scale is None or scale.numel() not in (1, tensor.shape[0]):
+                module = name.removesuffix(".weight")
+                given = next((scales[n] for part in SCALES if (n := f"{module}.{part}") in scales), None)
+                scale = None if given is None else layers_of.natural_scale(given, tensor.shape)
+                if scale is None:
                     raise ValueError(
-                        f"{source}: {name} has no scale for each output or for all; give the bf16 "
-                        "checkpoint it was made of with --reference"
+                        f"{source}: {name} has no scale for each output, for all, or for each block of "
+                        "128 x 128; give the bf16 checkpoint it was made of with --reference"
                     )
-                tensors[name] = (tensor.float() * scale.reshape(-1, 1)).bfloat16()
+                tensors[name] = weights.dequantize(tensor.view(torch.uint8), scale, torch.bfloat16)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         config = _config(source)
         config.pop("quantization_config", None)
