@@ -165,20 +165,24 @@ class Worker:
             start += part
 
     def _quantize_per_channel(self, step: Quantize, writer: Writer) -> Layer:
-        scales, error = [], Error()
+        # One tensor for all of them: small ones that stay would keep the rows' memory from being used again.
+        scales = torch.empty(step.source.shape[0], 1)
+        error = Error()
         for row, values in self._reader.values(step.source):
             largest = values.abs().amax(dim=1, keepdim=True)
             _check_finite(largest.amax(), step.source)
             scale = weights.scale_of(largest, self.target)
             self._encode(step.module, row, values, scale, error, writer)
-            scales.append(scale)
-        _write_scale(writer, f"{step.module}.weight_scale", torch.cat(scales))
+            scales[row : row + len(scale)] = scale
+        _write_scale(writer, f"{step.module}.weight_scale", scales)
         return self._finish(step, error, writer)
 
     def _quantize_per_tensor(self, step: Quantize, writer: Writer) -> Layer:
-        largest = torch.stack([values.abs_().amax() for _, values in self._reader.values(step.source)]).amax()
+        largest = torch.zeros(1)
+        for _, values in self._reader.values(step.source):
+            torch.maximum(largest, values.abs_().amax(), out=largest)
         _check_finite(largest, step.source)
-        scale = weights.scale_of(largest, self.target).view(1)
+        scale = weights.scale_of(largest, self.target)
         error = Error()
         for row, values in self._reader.values(step.source):
             self._encode(step.module, row, values, scale, error, writer)
@@ -200,7 +204,7 @@ class Worker:
             )
         rows, width = step.source.shape
         error = Error()
-        new_scales = []
+        new_scales = torch.empty(rows, 1)
         largest = 0
         for row, codes in self._reader.codes(step.source):
             magnitudes = codes & 0x7F
@@ -222,8 +226,8 @@ class Worker:
                     fitted, new = weights.halve(codes, old)
                     error.add(weights.decode(codes).mul_(old), weights.decode(fitted).mul_(new))
                 self._write_codes(step.module, row, fitted, writer)
-            new_scales.append(new.expand(codes.shape[0], 1))
-        _write_scale(writer, f"{step.module}.weight_scale", torch.cat(new_scales))
+            new_scales[row : row + len(codes)] = new
+        _write_scale(writer, f"{step.module}.weight_scale", new_scales)
         if step.input_scale is not None:
             # What clipped at 448 is to clip at R now.
             static = load(step.input_scale).float().amax().view(1) * (TRN3.fp8_max / self.target.fp8_max)
