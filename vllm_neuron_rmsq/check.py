@@ -49,19 +49,22 @@ def environment() -> dict[str, Any]:
     """Return what is installed here and whether the plugin would be active when vLLM starts.
 
     Returns:
-        - ``active``: bool, ``reasons``: why it would not be and what to do, a list; empty when it is.
-        - ``plugin``, ``python``, ``machine``: versions and processor, text.
-        - ``packages``: name to version, ``None`` where one is not installed.
-        - ``compiler``: first line of ``c++ --version``, or ``None``.
-        - ``cpu``: ``usable`` (CPUs this process may run on), ``instruction_sets`` of the native kernels, best
-          last, ``in_force``, and ``ranks``: the CPUs to which vLLM would bind the threads of each rank, with
-          one rank, ``reserved``: those it leaves to its other processes. ``None`` where it cannot be told.
-        - ``backends``: name to ``usable``, ``serves`` (takes vLLM's layers without being asked for by name),
-          ``details``, ``reason`` (why not, with the remedy; ``None`` where usable).
-        - ``settings``: the settings in force.
-        - ``vllm``: ``version``, ``supported`` (versions the plugin takes), ``platform``, ``missing`` (why
-          this one is not taken, a list), ``patches`` (name to what it changes); ``None`` without vLLM.
-        - ``neuron``: topics of vLLM Neuron to what is said of them; ``None`` without it.
+        what ``json`` can write:
+
+            - ``active``: bool, ``reasons``: why it would not be and what to do, a list; empty when it is.
+            - ``plugin``, ``python``, ``machine``: versions and processor, text.
+            - ``packages``: name to version, ``None`` where one is not installed.
+            - ``compiler``: first line of ``c++ --version``, or ``None``.
+            - ``cpu``: ``usable`` (CPUs this process may run on), ``instruction_sets`` of the native kernels,
+              best last, ``in_force``, and ``ranks``: the CPUs to which vLLM would bind the threads of each
+              rank, with one rank, ``reserved``: those it leaves to its other processes. ``None`` where it
+              cannot be told.
+            - ``backends``: name to ``usable``, ``serves`` (takes vLLM's layers without being asked for by
+              name), ``details``, ``reason`` (why not, with the remedy; ``None`` where usable).
+            - ``settings``: the settings in force.
+            - ``vllm``: ``version``, ``supported`` (versions the plugin takes), ``platform``, ``missing`` (why
+              this one is not taken, a list), ``patches`` (name to what it changes); ``None`` without vLLM.
+            - ``neuron``: topics of vLLM Neuron to what is said of them; ``None`` without it.
 
     Raises:
         ValueError: a setting is unknown or has a value that is not valid.
