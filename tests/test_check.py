@@ -82,6 +82,7 @@ def test_everything_is_there():
         "env_variables",
         "linear_kernel_order",
         "model_loader",
+        "sharded_state",
     }
     assert found["backends"]["cpu"]["usable"] and found["cpu"]["in_force"] in found["cpu"]["instruction_sets"]
     assert found["backends"]["nki"]["reason"].startswith("the Neuron SDK's package `nki` is not installed")

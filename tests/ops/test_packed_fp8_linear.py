@@ -119,6 +119,18 @@ def test_fp32_results_are_accurate(h):
     assert (out.double() - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu", "nki-sim"])
+@pytest.mark.parametrize("shape", [(1, 1), (45, 7), (130, 514)])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_codes_come_back_from_a_prepacked_weight(backend, shape, blocks):
+    codes = (
+        torch.randint(0, 0x78, shape, dtype=torch.uint8) | torch.randint(0, 2, shape, dtype=torch.uint8) << 7
+    )
+    scale = torch.ones(-(-shape[0] // 128), -(-shape[1] // 128)) if blocks else torch.ones(shape[0])
+    prepacked = ops.prepack_fp8_weight(codes, scale, backend)
+    assert torch.equal(ops.unpack_fp8_weight(prepacked), codes)
+
+
 def test_prepacked_weight_computes_the_same():
     packed = reference.rms_norm_quant(rows(4, 32), None)
     weight, scale = fp8_weight(24, 32)

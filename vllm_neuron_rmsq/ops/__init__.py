@@ -4,7 +4,12 @@
 it. The functions here check the arguments, choose the backend and call the overload.
 """
 
-from vllm_neuron_rmsq.ops.packed_fp8_linear import PrepackedWeight, packed_fp8_linear, prepack_fp8_weight
+from vllm_neuron_rmsq.ops.packed_fp8_linear import (
+    PrepackedWeight,
+    packed_fp8_linear,
+    prepack_fp8_weight,
+    unpack_fp8_weight,
+)
 from vllm_neuron_rmsq.ops.rms_norm_quant import rms_norm_quant
 from vllm_neuron_rmsq.ops.silu_mul_quant import silu_mul_quant
 
@@ -14,4 +19,5 @@ __all__ = [
     "prepack_fp8_weight",
     "rms_norm_quant",
     "silu_mul_quant",
+    "unpack_fp8_weight",
 ]

@@ -1,4 +1,4 @@
-"""FP8 matmul of packed rows: the op ``packed_fp8_linear``, and ``prepack_fp8_weight`` for its weight.
+"""FP8 matmul of packed rows: the op ``packed_fp8_linear``; ``prepack_fp8_weight`` for its weight, and back.
 
 Dimensions:
     H: input features, the contraction dimension
@@ -56,6 +56,26 @@ def prepack_fp8_weight(weight: Tensor, weight_scale: Tensor, backend: str | None
     if backends.get(name).prepacked_shape is not None:
         data = _PREPACK.overloads[name](data, blocks)
     return PrepackedWeight(data, out_features, in_features, name, blocks)
+
+
+def unpack_fp8_weight(weight: PrepackedWeight) -> Tensor:
+    """Return the codes, ``[N, H]`` uint8, of which :func:`prepack_fp8_weight` made ``weight``.
+
+    A layout puts codes in another order, and zeros where it is wider than they are. Where each comes to lie
+    is found by laying out their numbers, which takes some 20 bytes for each code meanwhile.
+    """
+    data, out_features, in_features, name, blocks = weight
+    if backends.get(name).prepacked_shape is None:
+        return data
+    count = out_features * in_features
+    numbers = torch.arange(1, count + 1, device=data.device).view(out_features, in_features)
+    places = torch.zeros_like(data, dtype=torch.int64)
+    for shift in range(0, count.bit_length(), 6):  # six bits are a code that every target has
+        bits = (numbers >> shift & 0x3F).to(torch.uint8)
+        places |= _PREPACK.overloads[name](bits, blocks).long() << shift
+    codes = data.new_zeros(count + 1)
+    codes[places.flatten()] = data.flatten()
+    return codes[1:].view(out_features, in_features)
 
 
 def packed_fp8_linear(

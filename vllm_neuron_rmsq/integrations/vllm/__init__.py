@@ -29,7 +29,8 @@ def apply() -> None:
        Transformers backend: stock until they are bound.
     4. Our FP8 linear kernels are put first among vLLM's, and what vLLM's CPU build lacks to
        process weights for it is there.
-    5. The model loader is patched: it binds norms to linears once the weights are final.
+    5. The model loader is patched: it binds norms to linears once the weights are final. So is what saves
+       a ``sharded_state``.
     """
     missing = versions.missing()
     if missing:
@@ -44,7 +45,13 @@ def apply() -> None:
     # Only now: these modules derive from vLLM's classes, and versions can be asked for without torch.
     from vllm_neuron_rmsq import settings
     from vllm_neuron_rmsq.integrations.vllm import linear, loader, rms_norm
-    from vllm_neuron_rmsq.patches import cpu_fp8_quant, env_variables, linear_kernel_order, model_loader
+    from vllm_neuron_rmsq.patches import (
+        cpu_fp8_quant,
+        env_variables,
+        linear_kernel_order,
+        model_loader,
+        sharded_state,
+    )
 
     env_variables.apply(versions.environment_variables, settings.variables())
     for in_tree, ours in rms_norm.REPLACEMENTS.items():
@@ -57,9 +64,10 @@ def apply() -> None:
     )
     cpu_fp8_quant.apply(sys.modules[versions.scaled_fp8_quant.__module__])
     model_loader.apply(versions.BaseModelLoader, loader.load_model)
+    sharded_state.apply(versions.ShardedStateLoader, loader.save_model)
 
 
-PATCHES = ("cpu_fp8_quant", "env_variables", "linear_kernel_order", "model_loader")
+PATCHES = ("cpu_fp8_quant", "env_variables", "linear_kernel_order", "model_loader", "sharded_state")
 """Modules of ``patches`` that :func:`apply` applies."""
 
 

@@ -38,9 +38,11 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
     Attributes:
         scheme, backend, target: how it computes, and with what.
         shard_scale: the scales that :meth:`keep_shard_scales` kept, until the weight is processed.
+        loaded: the linear's scales as they came from the checkpoint; ``None`` where it had no codes.
     """
 
     shard_scale: torch.Tensor | None = None
+    loaded: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -279,11 +281,59 @@ def _process(
 ) -> None:
     """Process the weight of the linear ``name`` by ``process``, vLLM's method."""
     if isinstance(kernel, PackedFp8LinearKernel):
+        kernel.loaded = _loaded_scales(kernel, layer)
         kernel.keep_shard_scales(layer)
     try:
         process(layer)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _loaded_scales(kernel: PackedFp8LinearKernel, layer: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """Return a linear's parameters between loading and processing, without weight and bias.
+
+    ``None`` for a weight that has no codes then: of a checkpoint in bf16.
+    """
+    weight = kernel.layer_param_names[0]
+    if getattr(layer, weight).dtype != torch.float8_e4m3fn:
+        return None
+    return {n: p.data for n, p in layer.named_parameters(recurse=False) if n not in (weight, "bias")}
+
+
+def check_has_checkpoint_form(kernel: PackedFp8LinearKernel | WeightOnlyFp8LinearKernel, name: str) -> None:
+    """Raise ValueError where the linear ``name`` was not FP8 when it was loaded, or is no more."""
+    if isinstance(kernel, WeightOnlyFp8LinearKernel):
+        found = "FP8 weights alone, which are kept in the model's dtype"
+    elif kernel.loaded is None:
+        found = "a weight that was quantized at load"
+    else:
+        return
+    raise ValueError(
+        f"{name}: expected a linear whose checkpoint is FP8 with activations, to save as sharded_state, got "
+        f"{found}; serve the checkpoint itself, or an FP8 one made by vllm-neuron-rmsq quantize"
+    )
+
+
+def checkpoint_form(kernel: PackedFp8LinearKernel, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint would have of a processed linear, by the names of its parameters.
+
+    Codes ``[N, H]`` float8_e4m3fn, the scales as they were loaded, doubled where codes were halved, and bias.
+    """
+    weight_name, scale_name = kernel.layer_param_names[:2]
+    weight = getattr(layer, weight_name).data
+    if _read_by_vllm(layer):
+        codes, _ = _codes_and_scale(kernel, layer, kernel.scheme.blocks)
+    else:
+        out_features, in_features = kernel.config.weight_shape
+        codes = ops.unpack_fp8_weight(
+            ops.PrepackedWeight(weight, out_features, in_features, kernel.backend, kernel.scheme.blocks)
+        )
+    assert kernel.loaded is not None  # check_has_checkpoint_form has asked
+    form = {weight_name: codes.view(torch.float8_e4m3fn), **kernel.loaded}
+    if getattr(layer, "rmsq_halved", False):
+        form[scale_name] = form[scale_name] * 2
+    bias = getattr(layer, "bias", None)
+    return form if bias is None else form | {"bias": bias.data}
 
 
 def registered() -> bool:
@@ -302,7 +352,7 @@ def linear_reports(names: Mapping[torch.nn.Module, str]) -> list[LinearReport]:
     for module, name in names.items():
         if not kinds & {cls.__name__ for cls in type(module).__mro__}:
             continue
-        kernel = _kernel(module)
+        kernel = kernel_of(module)
         if isinstance(kernel, PackedFp8LinearKernel):
             halved = getattr(module, "rmsq_halved", None)
             found.append(LinearReport(name, kernel.scheme.name, halved=halved))
@@ -311,7 +361,7 @@ def linear_reports(names: Mapping[torch.nn.Module, str]) -> list[LinearReport]:
     return found
 
 
-def _kernel(module: torch.nn.Module) -> Any:
+def kernel_of(module: torch.nn.Module) -> Any:
     """The object of vLLM's that multiplies by an FP8 weight, or ``None`` where there is none."""
     for owner in (getattr(module, "scheme", None), getattr(module, "quant_method", None)):
         for value in vars(owner).values() if hasattr(owner, "__dict__") else ():

@@ -1,4 +1,4 @@
-"""The hook around vLLM's model loader: settings before a model is loaded, fusion after it."""
+"""The hooks around vLLM's model loaders: settings before a model is loaded, fusion after it; and saving."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_neuron_rmsq import __version__, settings
-from vllm_neuron_rmsq.integrations.vllm import fusion, linear
+from vllm_neuron_rmsq.integrations.vllm import fusion, linear, versions
 
 
 def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: Any, *args, **kwargs) -> Any:
@@ -30,7 +30,7 @@ def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: 
     if vllm_config.load_config.load_format == "dummy":
         loader.load_weights = functools.partial(_load_dummy_weights, loader.load_weights)
     try:
-        with _before_weights(loader, linear.prepare):
+        with _before_weights(loader, linear.prepare, _keep_loaded_state):
             model = original(loader, vllm_config, model_config, *args, **kwargs)
     except ValueError as error:
         refusal = _refusal(error)
@@ -55,6 +55,62 @@ def load_model(original: Callable, loader: Any, vllm_config: Any, model_config: 
     return model
 
 
+def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
+    """Save a rank's ``sharded_state`` by ``original``, vLLM's function: FP8 linears and the scales of
+    attention as a checkpoint has them.
+
+    Loaded again, the linears get the codes and scales that they multiply by now: a weight that was halved for
+    the target's range is saved so. A model without FP8 linears of ours is saved as vLLM does.
+
+    Raises:
+        ValueError: a linear of ours has no form in a checkpoint; nothing is written.
+    """
+    forms: dict[Any, Callable] = {}
+    for name, layer in model.named_modules():
+        kernel = linear.kernel_of(layer)
+        if isinstance(kernel, linear.PackedFp8LinearKernel | linear.WeightOnlyFp8LinearKernel):
+            linear.check_has_checkpoint_form(kernel, name)
+            forms[layer] = functools.partial(linear.checkpoint_form, kernel, layer)
+    if forms:
+        forms |= {
+            layer: functools.partial(_loaded_state, layer)
+            for layer in model.modules()
+            if _loaded_state(layer)
+        }
+    with contextlib.ExitStack() as stack:
+        for layer, form in forms.items():
+            hook = functools.partial(_put_checkpoint_form, form)
+            stack.callback(layer.register_state_dict_post_hook(hook).remove)
+        original(model, *args, **kwargs)
+
+
+def _put_checkpoint_form(
+    form: Callable, layer: Any, state: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    """Put what ``form`` returns into ``state`` in place of a layer's own tensors."""
+    for name in [name for name in state if name.rpartition(".")[0] == prefix.removesuffix(".")]:
+        del state[name]
+    state.update({prefix + name: tensor for name, tensor in form().items()})
+
+
+def _keep_loaded_state(model: Any) -> None:
+    """Keep what attention layers are loaded with, a few scales, which vLLM drops when it processes them."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, versions.BaseKVCacheMethod):
+            process = method.process_weights_after_loading
+            method.process_weights_after_loading = functools.partial(_process_attention, process)
+
+
+def _process_attention(process: Callable, layer: Any) -> None:
+    layer.rmsq_loaded_state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    process(layer)
+
+
+def _loaded_state(layer: Any) -> dict[str, Any]:
+    return getattr(layer, "rmsq_loaded_state", {})
+
+
 def _load_dummy_weights(original: Callable, model: Any, model_config: Any) -> None:
     """Fill ``model`` by ``original``, vLLM's method, with random numbers, but none below zero for a scale:
     a checkpoint that had one would be refused."""
@@ -65,12 +121,13 @@ def _load_dummy_weights(original: Callable, model: Any, model_config: Any) -> No
 
 
 @contextlib.contextmanager
-def _before_weights(loader: Any, prepare: Callable) -> Iterator[None]:
-    """Call ``prepare(model)`` between the model's construction and the loading of its weights."""
+def _before_weights(loader: Any, *prepare: Callable) -> Iterator[None]:
+    """Call each ``prepare(model)`` between the model's construction and the loading of its weights."""
     load_weights = loader.load_weights
 
     def prepare_first(model: Any, *args, **kwargs) -> Any:
-        prepare(model)
+        for each in prepare:
+            each(model)
         return load_weights(model, *args, **kwargs)
 
     loader.load_weights = prepare_first

@@ -105,6 +105,12 @@ NEEDED: dict[str, str | None] = {
         "self, vllm_config, model_config"
     ),
     "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights": "self, model, model_config",
+    "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.save_model": (
+        "model, path, pattern, max_size"
+    ),
+    "vllm.model_executor.layers.quantization.kv_cache:BaseKVCacheMethod.process_weights_after_loading": (
+        "self, layer"
+    ),
     "vllm.config:VllmConfig.additional_config": None,
     "vllm.config:VllmConfig.device_config": None,
     "vllm.config:VllmConfig.load_config": None,
