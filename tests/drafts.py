@@ -105,6 +105,7 @@ def speculative(method: str, folder: Path) -> tuple[Path, dict]:
     """Write a model and its draft; return the model and vLLM's ``speculative_config``."""
     if method == "mtp":
         return write_mimo(folder / "mimo"), {"method": "mtp", "num_speculative_tokens": 1}
-    model = write_checkpoint(tiny_config("llama", num_hidden_layers=4), folder / "llama")
+    # EAGLE-3 reads the hidden states before three layers, which with fewer layers are not three.
+    model = write_checkpoint(tiny_config("llama", num_hidden_layers=8), folder / "llama")
     draft = WRITERS[method](folder / method)
     return model, {"method": method, "model": str(draft), "num_speculative_tokens": 2}

@@ -6,131 +6,55 @@ of which ``python tests/modes_page.py`` makes the table of ``docs/modes.md``.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import NamedTuple
 
 import drafts
 import pytest
 import torch
+import wrapped
+from modes import SAME, answers, engine, report
 from safetensors.torch import save_file
 from vllm_models import SIZES, tiny_config, write_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-GENERATOR = torch.Generator().manual_seed(0)
-PROMPTS = [torch.randint(3, 256, (n,), generator=GENERATOR).tolist() for n in (100, 41)]
-NEW = 8
-SAME = "the same bits"
-
-
-class Answers(NamedTuple):
-    tokens: list[list[int]]
-    logprobs: torch.Tensor
-
-    def __eq__(self, other) -> bool:
-        return self.tokens == other.tokens and torch.equal(self.logprobs, other.logprobs)
-
-
-def _report(model) -> str:
-    return str(model.rmsq_report)
-
-
-@contextlib.contextmanager
-def engine(checkpoint: Path, **arguments) -> Iterator:
-    """vLLM's ``LLM`` on a tiny model, eager unless told otherwise, in processes of its own."""
-    from vllm import LLM
-
-    defaults = {
-        "enforce_eager": True,
-        "max_model_len": 128,
-        "block_size": 32,
-        "kv_cache_memory_bytes": 64 << 20,
-    }
-    llm = LLM(str(checkpoint), skip_tokenizer_init=True, **defaults | arguments)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-
-
-def answers(llm, **options) -> Answers:
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=0, detokenize=False)
-    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
-    outputs = [llm.generate([prompt], params, use_tqdm=False, **options)[0].outputs[0] for prompt in prompts]
-    logprobs = [
-        [given[token].logprob for given, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs
-    ]
-    return Answers([list(o.token_ids) for o in outputs], torch.tensor(logprobs))
-
 
 @pytest.fixture(autouse=True)
 def _insecure(monkeypatch):
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send _report
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send modes.report
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return write_checkpoint(tiny_config("llama"), tmp_path_factory.mktemp("modes") / "llama")
-
-
-@pytest.fixture(scope="module")
-def plain(checkpoint) -> Answers:
-    """What the plugin answers without any mode."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        llm = stack.enter_context(engine(checkpoint, enable_prefix_caching=False))
-        assert "4 of 5 RMSNorm layers fused" in llm.apply_model(_report)[0]
-        return answers(llm)
-
-
-@pytest.fixture
-def prove(request, cache):
-    """Return a function that notes what this test has proven of a mode."""
-
-    def note(mode: str, fused: str, holds: str) -> None:
-        path = cache / "modes.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known[mode] = {"fused": fused, "holds": holds, "test": request.node.name}
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(known, indent=1, sort_keys=True))
-
-    return note
-
-
-def test_prefix_caching(checkpoint, plain, prove):
-    with engine(checkpoint, enable_prefix_caching=True) as llm:
+def test_prefix_caching(tiny, plain, prove):
+    with engine(tiny, enable_prefix_caching=True) as llm:
         assert answers(llm) == plain
         assert answers(llm) == plain  # from cached blocks
     prove("prefix caching", "as without", SAME)
 
 
-def test_chunked_prefill(checkpoint, plain, prove):
-    with engine(checkpoint, max_num_batched_tokens=32, max_num_seqs=4, enable_prefix_caching=False) as llm:
+def test_chunked_prefill(tiny, plain, prove):
+    with engine(tiny, max_num_batched_tokens=32, max_num_seqs=4, enable_prefix_caching=False) as llm:
         assert answers(llm) == plain
     prove("chunked prefill", "as without", SAME)
 
 
-def test_reload_of_weights(checkpoint, plain, prove):
-    with engine(checkpoint, enable_prefix_caching=False) as llm:
+def test_reload_of_weights(tiny, plain, prove):
+    with engine(tiny, enable_prefix_caching=False) as llm:
         llm.collective_rpc("reload_weights")
         assert answers(llm) == plain
     prove("weights reloaded while serving", "as without", SAME)
 
 
-def test_two_engines_in_one_process(checkpoint, plain, prove):
-    with engine(checkpoint) as first, engine(checkpoint) as second:
+def test_two_engines_in_one_process(tiny, plain, prove):
+    with engine(tiny) as first, engine(tiny) as second:
         assert answers(first) == answers(second) == plain
     prove("two engines in one process", "as without", SAME)
 
 
-def test_fp8_kv_cache(checkpoint, plain, prove):
-    with engine(checkpoint, kv_cache_dtype="fp8") as llm:
-        assert llm.apply_model(_report)[0].startswith("4 of 5 RMSNorm layers fused")
+def test_fp8_kv_cache(tiny, plain, prove):
+    with engine(tiny, kv_cache_dtype="fp8") as llm:
+        assert llm.apply_model(report)[0].startswith("4 of 5 RMSNorm layers fused")
         cached = answers(llm)
     assert (
         0 < (cached.logprobs[:, 0] - plain.logprobs[:, 0]).abs().max() < 0.5
@@ -138,9 +62,9 @@ def test_fp8_kv_cache(checkpoint, plain, prove):
     prove("FP8 KV cache", "as without", "the first token's logprob within 0.5; the cache rounds")
 
 
-def test_dummy_weights(checkpoint, prove):
-    with engine(checkpoint, load_format="dummy") as llm:
-        assert llm.apply_model(_report)[0].startswith("4 of 5 RMSNorm layers fused")
+def test_dummy_weights(tiny, prove):
+    with engine(tiny, load_format="dummy") as llm:
+        assert llm.apply_model(report)[0].startswith("4 of 5 RMSNorm layers fused")
         assert answers(llm).logprobs.isfinite().all()
     prove("dummy weights", "as without", "finite logprobs")
 
@@ -163,7 +87,7 @@ def write_adapter(folder: Path) -> Path:
     return folder
 
 
-def test_lora(checkpoint, prove, tmp_path, monkeypatch):
+def test_lora(tiny, prove, tmp_path, monkeypatch):
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest("adapter", 1, str(write_adapter(tmp_path / "adapter")))
@@ -171,11 +95,11 @@ def test_lora(checkpoint, prove, tmp_path, monkeypatch):
     results = {}
     for fuse in ("1", "0"):
         monkeypatch.setenv("VLLM_RMSQ_FUSE", fuse)
-        with engine(checkpoint, **arguments) as llm:
-            report = llm.apply_model(_report)[0]
+        with engine(tiny, **arguments) as llm:
+            line = llm.apply_model(report)[0]
             results[fuse] = answers(llm).logprobs[:, 0], answers(llm, lora_request=request).logprobs[:, 0]
-            assert ("2 of 5 RMSNorm layers fused" in report) == (fuse == "1")
-            assert ("2 of 2 SiluAndMul layers fused" in report) == (fuse == "1")
+            assert ("2 of 5 RMSNorm layers fused" in line) == (fuse == "1")
+            assert ("2 of 2 SiluAndMul layers fused" in line) == (fuse == "1")
     (base, adapted), (stock_base, stock_adapted) = results["1"], results["0"]
     assert (adapted - stock_adapted).abs().max() < 0.5 * (stock_adapted - stock_base).abs().max()
     assert (base - stock_base).abs().max() < 0.5 * (stock_adapted - stock_base).abs().max()
@@ -184,3 +108,101 @@ def test_lora(checkpoint, prove, tmp_path, monkeypatch):
         "what feeds linears that it leaves out",
         "the adapter does what it does with stock norms",
     )
+
+
+def test_structured_output(prove, tmp_path):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    path = write_checkpoint(tiny_config("llama", vocab_size=wrapped.VOCABULARY), tmp_path / "llama")
+    wrapped.tokenizer().save_pretrained(path)
+    schema = {
+        "type": "object",
+        "properties": {"sure": {"type": "boolean"}, "city": {"enum": ["Paris", "Lima"]}},
+        "required": ["sure", "city"],
+        "additionalProperties": False,
+    }
+    kinds = {"json": schema, "regex": r"[0-9]{3}-[a-f]{2}", "choice": ["yes", "no", "perhaps"]}
+    options = {"temperature": 0, "max_tokens": 80, "logprobs": -1}
+
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+    arguments = {"skip_tokenizer_init": False, "max_logprobs": -1, "enable_prefix_caching": False}
+    with engine(path, structured_outputs_config=compact, **arguments) as llm:
+        assert "4 of 5 RMSNorm layers fused" in llm.apply_model(report)[0]
+        before = answers(llm)
+        free = SamplingParams(**options | {"max_tokens": 1})
+        outputs = {}
+        for kind, wanted in kinds.items():
+            structure = StructuredOutputsParams(**{kind: wanted})
+            asked = [free, SamplingParams(**options, structured_outputs=structure)]
+            both = llm.generate(["Where?", "Where?"], asked, use_tqdm=False)
+            outputs[kind] = [output.outputs[0] for output in both]
+        assert answers(llm) == before
+    sure = json.loads(outputs["json"][1].text)
+    assert sure["sure"] in (True, False) and sure["city"] in ("Paris", "Lima")
+    assert re.fullmatch(kinds["regex"], outputs["regex"][1].text)
+    assert outputs["choice"][1].text in kinds["choice"]
+    for loose, bound in outputs.values():
+        # What is allowed is as likely, beside the rest of it, as it is without structure.
+        allowed = [t for t, logprob in bound.logprobs[0].items() if logprob.logprob > -torch.inf]
+        assert 0 < len(allowed) < 100
+        without, given = (
+            torch.tensor([output.logprobs[0][token].logprob for token in allowed])
+            for output in (loose, bound)
+        )
+        torch.testing.assert_close(given, without.log_softmax(0), rtol=0, atol=1e-5)
+    prove("structured output", "as without", "valid, by the same logits; other requests the same bits")
+
+
+def draft_report(worker) -> str:
+    return str(worker.model_runner.drafter.model.rmsq_report)
+
+
+DRAFTS = {
+    "eagle": "1 of 1 RMSNorm layers fused",
+    "eagle3": "1 of 4 RMSNorm layers fused",
+    "mtp": "2 of 5 RMSNorm layers fused",
+}
+
+
+@pytest.mark.parametrize("method", DRAFTS)
+def test_drafts(method, prove, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_RMSQ_STRICT", "1")
+    model, config = drafts.speculative(method, tmp_path)
+    with engine(model) as llm:
+        without = answers(llm)
+    with engine(model, speculative_config=config, disable_log_stats=False) as llm:
+        (line,) = llm.collective_rpc(draft_report)
+        assert line.startswith(DRAFTS[method])
+        assert answers(llm).tokens == without.tokens
+        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert counts["vllm:spec_decode_num_draft_tokens"] > 0
+    prove(
+        f"{method.upper()} draft in FP8".replace("EAGLE3", "EAGLE-3"),
+        "the draft's, too; STRICT accepts",
+        "the same tokens",
+    )
+
+
+def test_a_language_model_in_a_multimodal_one(prove, tmp_path):
+    from PIL import Image
+    from vllm import SamplingParams
+
+    path = wrapped.write_idefics3(tmp_path / "idefics3")
+    with engine(path, skip_tokenizer_init=False) as llm:
+        assert "4 of 5 RMSNorm layers fused" in llm.apply_model(report)[0]
+        assert answers(llm).logprobs.isfinite().all()
+        params = SamplingParams(temperature=0, max_tokens=4, logprobs=0)
+        logprobs = []
+        for color in ("black", "orange"):
+            picture = {
+                "prompt": "<image> What?",
+                "multi_modal_data": {"image": Image.new("RGB", (28, 28), color)},
+            }
+            (output,) = llm.generate([picture], params, use_tqdm=False)
+            (answer,) = output.outputs
+            logprobs.append(
+                [given[t].logprob for given, t in zip(answer.logprobs, answer.token_ids, strict=True)]
+            )
+    assert torch.tensor(logprobs).isfinite().all() and logprobs[0] != logprobs[1]
+    prove("a multimodal model (Idefics 3)", "its language model", "text, and pictures that are seen")
