@@ -1,11 +1,11 @@
-"""Patch: ``scaled_fp8_quant`` with a given scale works on a CPU.
+"""Patch: ``scaled_fp8_quant`` of a tensor with one scale works on a CPU.
 
-What: wraps ``vllm._custom_ops.scaled_fp8_quant``. Tensors in the CPU's memory, with one scale that is given,
-    are quantized by PyTorch's own operators; everything else goes to vLLM's function.
-Why: vLLM's CPU build registers the operator behind it without arguments or a kernel
-    (``_C::static_scaled_fp8_quant() -> ()``). Weights are quantized by it at load: those of a bf16 checkpoint
-    under ``--quantization fp8_per_tensor``, and the shards of a per-tensor checkpoint, to bring them to one
-    scale.
+What: wraps ``vllm._custom_ops.scaled_fp8_quant``. Tensors in the CPU's memory, with one scale that is given
+    or found, are quantized by PyTorch's own operators; everything else goes to vLLM's function.
+Why: vLLM's CPU build registers the operators behind it without arguments or a kernel
+    (``_C::static_scaled_fp8_quant() -> ()``, and ``dynamic_scaled_fp8_quant``). Weights are quantized by it
+    at load: those of a bf16 checkpoint under ``--quantization fp8_per_tensor``, for which vLLM 0.24 has it
+    find the scale, and the shards of a per-tensor checkpoint, to bring them to one scale.
 Versions: vLLM 0.24 to 0.33.
 Delete when: vLLM's CPU build has that operator.
 """
@@ -17,6 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+SMALLEST = 1 / (448.0 * 512)
+"""The smallest scale that vLLM's kernels find, of a tensor of zeros."""
 
 
 def apply(ops: ModuleType) -> None:
@@ -32,9 +35,11 @@ def apply(ops: ModuleType) -> None:
         asked = [
             option for option in (*args, *options.values()) if option is not None and option is not False
         ]
-        if asked or scale is None or scale.numel() != 1 or not input.is_cpu:
+        if asked or (scale is not None and scale.numel() != 1) or not input.is_cpu:
             return original(input, scale, *args, **options)
         limit = torch.finfo(torch.float8_e4m3fn).max
+        if scale is None:
+            scale = (input.abs().max().float() / limit).clamp(min=SMALLEST).reshape(1)
         return (input.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
 
     scaled_fp8_quant.rmsq = True  # type: ignore[attr-defined]
