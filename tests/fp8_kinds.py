@@ -211,7 +211,8 @@ def write(
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "fp8"))
     largest = _largest_inputs(source, calibration) if how.activations == "static" else {}
     tensors = load(source)
-    ignore = ["lm_head"]
+    routers = [name.removesuffix(".weight") for name in tensors if name.endswith(".mlp.gate.weight")]
+    ignore = ["lm_head", *routers]
     for name in list(filter(is_linear, tensors)):
         layer = name.removesuffix(".weight")
         if leave(layer):

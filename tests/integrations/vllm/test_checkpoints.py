@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from vllm_models import TOKENS, Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import settings
+from vllm_neuron_rmsq import checkpoint, settings
 
 pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
 
@@ -46,6 +46,23 @@ def _settings(monkeypatch):
     monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
     yield
     settings.install(None)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """A Qwen3-MoE in bf16: a dense layer and one of experts, a tensor for each as they are published."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    config = tiny_config("qwen3_moe", **SIZES, **experts, decoder_sparse_step=1, mlp_only_layers=[0])
+    folder = write_checkpoint(config, tmp_path_factory.mktemp("moe") / "bf16", fp8=False)
+    tensors = fp8_kinds.load(folder)
+    prefix = "model.layers.1.mlp.experts."
+    fused = tensors.pop(f"{prefix}gate_up_proj"), tensors.pop(f"{prefix}down_proj")
+    for number, (gate_up, down) in enumerate(zip(*fused, strict=True)):
+        gate, up = gate_up.chunk(2)
+        for name, weight in {"gate": gate, "up": up, "down": down}.items():
+            tensors[f"{prefix}{number}.{name}_proj.weight"] = weight.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +106,9 @@ def test_is_fused_and_multiplies_by_the_weights_of_the_checkpoint(kind, bf16, tm
     assert report.schemes == {SCHEMES[kind]: 8}
     assert f"8 packed FP8 linears ({SCHEMES[kind]})" in str(report)
 
-    exact = fp8_kinds.reference_model(bf16, folder, kind)
+    # With block scales, too, the plugin gives activations one scale a row.
+    activations = "token" if SCHEMES[kind] == "block" else None
+    exact = fp8_kinds.reference_model(bf16, folder, kind, activations)
     attention, stands_for = loaded.model.model.layers[0].self_attn, exact.model.layers[0].self_attn
     projections = [getattr(stands_for, f"{name}_proj").weight for name in "qkv"]
     assert_same_weight(attention.qkv_proj, torch.cat(projections))
@@ -192,6 +211,37 @@ def test_a_kind_that_nobody_can_multiply_is_one_sentence(bf16, tmp_path):
     assert message.startswith("model.layers.0.self_attn.qkv_proj: no FP8 kernel takes it on this machine")
     assert "needs dynamic per-group (1 x 128) activations, not" in message
     assert message.endswith("with --quantization fp8_per_channel.") and "\n" not in message
+
+
+def test_fp8_experts_that_vllm_cannot_multiply_are_one_sentence(moe, tmp_path):
+    """vLLM's own for CPUs are of blocks of 128 x 128, and need AMX."""
+    folder = fp8_kinds.write(moe, tmp_path / "fp8", "compressed-tensors channel")
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts\S*: vLLM has no kernel") as caught:
+        Loaded(folder)
+    assert str(caught.value).endswith("quantize SOURCE OUTPUT --ignore 're:.*experts.*'")
+
+
+def test_experts_in_bf16_stay_stock_and_the_rest_of_the_model_is_fused(moe, tmp_path):
+    folder = tmp_path / "fp8"
+    checkpoint.convert(moe, folder, ignore=["re:.*experts.*"])  # what the sentence above says
+    loaded = Loaded(folder)
+    report = loaded.report
+    assert [layer.name for layer in (*report.fused, *report.fused_activations)] == [
+        "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.1.input_layernorm",
+        "model.layers.0.mlp.act_fn",
+    ]
+    assert report.schemes == {"per-token": 6}
+    reasons = {layer.name: layer.reason for layer in (*report.norms, *report.linear_layers)}
+    assert "read by" in reasons["model.layers.1.post_attention_layernorm"]
+    (experts,) = (name for name in reasons if ".experts" in name)
+    assert reasons[experts].startswith("not a linear with FP8 weights and activations")
+    exact = fp8_kinds.reference_model(moe, folder, "compressed-tensors channel")
+    ids = TOKENS.long()
+    with torch.no_grad():
+        logits = exact(ids[None]).logits[0]
+    assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.98
 
 
 def test_a_corrupt_static_scale_stops_the_start_with_the_layers_name(bf16, tmp_path):

@@ -253,8 +253,17 @@ def prepare(model: torch.nn.Module) -> None:
 
     vLLM processes a weight when all are loaded, or each as soon as it is, at the first load and at later
     ones. So what is to happen around it is put around the method that does it, of the linear's own object.
+
+    Raises:
+        ValueError: vLLM has no kernel for a layer of FP8 experts, which it would say when all are loaded.
     """
     for name, layer in model.named_modules():
+        experts = getattr(getattr(layer, "quant_method", None), "fp8_backend", None)
+        if experts is not None and experts.name == "NONE":
+            raise ValueError(
+                f"{name}: vLLM has no kernel on this machine for experts in such FP8. Quantize the bf16 "
+                "checkpoint without them: vllm-neuron-rmsq quantize SOURCE OUTPUT --ignore 're:.*experts.*'"
+            )
         owners: list[Any] = [getattr(layer, "quant_method", None), getattr(layer, "scheme", None)]
         for owner in owners:
             for kernel in list(vars(owner).values()) if hasattr(owner, "__dict__") else ():
@@ -347,7 +356,7 @@ def linear_reports(names: Mapping[torch.nn.Module, str]) -> list[LinearReport]:
     Args:
         names: every module of the model, and its name.
     """
-    kinds = {"LinearBase", "FusedMoE", "ParallelLMHead"}
+    kinds = {"LinearBase", "RoutedExperts", "ParallelLMHead"}
     found = []
     for module, name in names.items():
         if not kinds & {cls.__name__ for cls in type(module).__mro__}:
