@@ -126,7 +126,8 @@ def write_checkpoint(
     """
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with set_current_vllm_config(VllmConfig()):  # vLLM 0.24 changes constructors of Hugging Face's models
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -175,7 +176,11 @@ class Loaded:
             init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
             model_config = self.config.speculative_config.draft_model_config if draft else None
-            self.model = get_model(vllm_config=self.config, model_config=model_config)
+            dtype = torch.get_default_dtype()
+            try:
+                self.model = get_model(vllm_config=self.config, model_config=model_config)
+            finally:
+                torch.set_default_dtype(dtype)  # vLLM 0.24 leaves the model's when it fails
         self.report: FusionReport | None = getattr(self.model, "rmsq_report", None)
 
     def logits(self, tokens: torch.Tensor = TOKENS) -> torch.Tensor:

@@ -57,6 +57,10 @@ def kernel_names(loaded):
 )
 def test_fuses_exactly_the_layers_that_feed_fp8_linears(name, checkpoint, monkeypatch):
     model_type, count, pairs, activations, changes = ARCHITECTURES[name]
+    if name in ("smollm3", "seed_oss") and not versions.has("TPAwareRMSNorm"):
+        # Before 0.25 vLLM's Transformers backend fused no linears, and left activation functions alone.
+        pairs = {"input_layernorm": "q_proj", "post_attention_layernorm": "gate_proj"}
+        activations = 0
     path = checkpoint(model_type, **changes)
     loaded = Loaded(path)
     report = loaded.report

@@ -9,6 +9,7 @@ import shutil
 import fp8_kinds
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm_models import Loaded, tiny_config, write_checkpoint
 
 from vllm_neuron_rmsq import settings
@@ -50,6 +51,8 @@ def without_weights(report: dict) -> dict:
 
 @pytest.mark.parametrize(("model", "fp8"), [*((model, True) for model in QUICK), ("llama", False), *LONG])
 def test_it_is_the_report_of_the_served_model(model, fp8, tmp_path):
+    if model == "qwen3_moe" and not hasattr(cpu_moe, "CPUUnquantizedExperts"):
+        pytest.skip("no CPUUnquantizedExperts in this vLLM: its experts' forward is made of their numbers")
     checkpoint = write_checkpoint(tiny_config(model, **MODELS[model]), tmp_path / "model", fp8=fp8)
     served = Loaded(checkpoint).report
     bare = tmp_path / "bare"
