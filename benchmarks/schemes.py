@@ -3,8 +3,11 @@
 Perplexity on 4 x 1000 tokens of Python's help texts, of the checkpoint in the plugin (vLLM's model classes,
 layers fused) beside the float32 model that the checkpoint stands for: transformers' Llama with the codes
 dequantized and activations quantized as the scheme says. For block checkpoints the same once more with one
-activation scale for a token instead of one for each 128 features, which is what packed rows have. Then the
-time of a linear of 4096 x 4096 at one row, on one thread, beside the per-token scheme's. The table goes into
+activation scale for a token instead of one for each 128 features, which is what packed rows have.
+
+Then what it costs: the time of a linear of 4096 x 4096 at one row, on one thread, beside the per-token
+scheme's; and the tokens a second that ``vllm serve`` decodes for one client, compiled: a server for each
+fused kind, taking turns, all with the shapes of the model that block scales need. The table goes into
 ``docs/schemes.md``::
 
     python benchmarks/schemes.py
@@ -13,10 +16,13 @@ time of a linear of 4096 x 4096 at one row, on one thread, beside the per-token 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
 import math
 import pydoc_data.topics
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -35,10 +41,13 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from vllm_neuron_rmsq import ops, settings, target, weights  # noqa: E402
 from vllm_neuron_rmsq.cli import smollm2  # noqa: E402
+from vllm_neuron_rmsq.measure import servers  # noqa: E402
 from vllm_neuron_rmsq.measure.results import RUN_COLUMNS  # noqa: E402
 
 PAGE = ROOT / "docs" / "schemes.md"
 TEXTS, LENGTH = 4, 1000
+ROUNDS, DECODED = 9, 32
+"""Timed turns of each server, and tokens in a turn."""
 HEADS = 3
 """Query heads to a KV head, and how many of 64 features fill whole blocks of 128 with one KV head more."""
 
@@ -78,7 +87,7 @@ def with_whole_blocks(source: Path, folder: Path) -> Path:
         columns = HEADS * width if ".o_proj." in name else 0
         if rows or columns:
             tensors[name] = torch.nn.functional.pad(tensor, (0, columns, 0, rows)).contiguous()
-    folder.mkdir()
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -136,12 +145,39 @@ def linear_times() -> dict[str, float]:
     return {name: taken / medians["per-token"] for name, taken in medians.items()}
 
 
+def decode_speeds(checkpoints: dict[str, Path]) -> dict[str, float]:
+    """Return the median tokens a second that a server of each checkpoint decodes for one client.
+
+    Args:
+        checkpoints: by kind, all of one model.
+    """
+    turns: dict[str, list[float]] = {kind: [] for kind in checkpoints}
+
+    async def measure_in_turns(up: dict[str, servers.Server]) -> None:
+        for count in range(ROUNDS + 1):
+            for kind, server in up.items():
+                speed = await server.decode(1, DECODED)
+                if count:  # the first one warms up
+                    turns[kind].append(speed)
+
+    with contextlib.ExitStack() as stack:
+        up = {}
+        for kind, folder in checkpoints.items():
+            print(f"starting a server of {kind}", flush=True)
+            vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+            server = servers.vllm(folder, folder / "server.log", {}, vocabulary)
+            up[kind] = stack.enter_context(contextlib.closing(server))
+        asyncio.run(measure_in_turns(up))
+    return {kind: statistics.median(speeds) for kind, speeds in turns.items()}
+
+
 def measure(kinds: list[str]) -> list[dict[str, object]]:
     """Return a row for each kind of checkpoint."""
     source = smollm2.bf16(ROOT / ".cache")
     *texts, calibration = tokens(source)
     times = linear_times()
     rows: list[dict[str, object]] = []
+    served: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as scratch:
         padded = with_whole_blocks(source, Path(scratch) / "padded")
         for kind in kinds:
@@ -149,6 +185,11 @@ def measure(kinds: list[str]) -> list[dict[str, object]]:
             bf16 = padded if blocks else source
             folder = Path(scratch) / kind.replace(" ", "-")
             fp8_kinds.write(bf16, folder, kind, calibration=[calibration])
+            if fp8_kinds.KINDS[kind].activations != "none":
+                served[kind] = folder
+                if not blocks:
+                    served[kind] = folder.with_name(f"{folder.name}-padded")
+                    fp8_kinds.write(padded, served[kind], kind, calibration=[calibration])
             plugin, line = in_plugin(folder, texts)
             found = re.search(r"FP8 linears \(([^)]*)\)", line)
             scheme = found[1] if found else "none"
@@ -167,15 +208,18 @@ def measure(kinds: list[str]) -> list[dict[str, object]]:
                 }
             )
             print(rows[-1], line, flush=True)
-    settings.install(None)
+        settings.install(None)
+        speeds = decode_speeds(served)
+    for row in rows:
+        row["decode x 1 tok/s"] = speeds.get(str(row["checkpoint"]), "")
     return rows
 
 
 def page(rows: list[dict[str, str]]) -> str:
     """Return the table of ``docs/schemes.md``."""
     lines = [
-        "| checkpoint | scheme | plugin | float32 | difference | linear at one row |",
-        "| --- | --- | --: | --: | --: | --: |",
+        "| checkpoint | scheme | plugin | float32 | difference | linear at one row | decode x 1, tokens/s |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
     ]
     for row in rows:
         taken = f"{float(row['linear at 1 row']):.2f}" if row["linear at 1 row"] else ""
@@ -186,6 +230,7 @@ def page(rows: list[dict[str, str]]) -> str:
             f"{float(row['float32']):.2f}",
             f"{float(row['difference %']):+.2f} %",
             taken,
+            row.get("decode x 1 tok/s", ""),
         )
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
