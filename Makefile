@@ -41,7 +41,7 @@ test-slow: setup ## only the long matrices, which `test` leaves out
 	$(PYTEST) -m slow
 
 test-vllm: setup ## what is about vLLM, on another one: make test-vllm VERSION=0.24.0
-	.ci/test-vllm $(VERSION) $(PYTHON)
+	.ci/test-vllm '$(VERSION)' '$(PYTHON)'
 
 coverage: setup ## all tests, and which lines of Python they ran: .cache/coverage/html/index.html
 	$(PYTEST) --cov --cov-report=term --cov-report=html
