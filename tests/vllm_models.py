@@ -195,7 +195,9 @@ class Loaded:
 @contextlib.contextmanager
 def in_vllm(loaded: Loaded, count: int):
     """Run parts of ``loaded.model`` on ``count`` tokens, attention without KV cache."""
-    for module in loaded.model.modules():
+    # Before 0.30 the Transformers backend keeps its attention beside the modules.
+    beside = getattr(loaded.model, "attention_instances", {}).values()
+    for module in (*loaded.model.modules(), *beside):
         if isinstance(module, Attention):
             module.forward = functools.partial(_causal_attention, module)
     with (
