@@ -202,6 +202,26 @@ def test_a_checkpoint_whose_shards_are_fused_has_one_scale(tmp_path):
     assert_same_weight(loaded.model.model.layers[0].self_attn.qkv_proj, weight)
 
 
+def test_blocks_that_two_linears_share_stop_the_start(tmp_path):
+    """``fp8``'s vLLM loads, one linear's scales over the other's; as channels the checkpoint is served."""
+    heads = {
+        "hidden_size": 576,
+        "head_dim": 64,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 256,
+    }
+    bf16 = write_checkpoint(tiny_config("llama", **heads), tmp_path / "bf16", fp8=False)
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", "fp8 block")
+    with pytest.raises(
+        ValueError, match=r"qkv_proj: .*linears of \[576, 192, 192\] outputs in one weight; expected"
+    ):
+        Loaded(folder)
+    checkpoint.convert(folder, tmp_path / "channels", from_fp8=True)
+    report = Loaded(tmp_path / "channels").report
+    assert report.schemes == {"per-token": 8} and len(report.fused) == 4
+
+
 def test_a_kind_that_nobody_can_multiply_is_one_sentence(bf16, tmp_path):
     folder = fp8_kinds.write(bf16, tmp_path / "fp8", "fp8 block")
     configure(folder, weight_block_size=[64, 64])

@@ -235,6 +235,14 @@ def _codes_and_scale(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a loaded weight, ``[N, H]`` uint8, and its scale: ``[N]``, ``[1]`` or blocks."""
     weight, scale = (getattr(layer, name).data for name in kernel.layer_param_names[:2])
+    sizes = getattr(layer, "output_partition_sizes", [])
+    if blocks and any(size % weights.BLOCK for size in sizes[:-1]):
+        # vLLM lets some such layers pass, and loads one linear's scales over the other's.
+        raise ValueError(
+            f"{kernel.layer_param_names[1]}: vLLM holds linears of {sizes} outputs in one weight; expected "
+            f"multiples of {weights.BLOCK}, but for the last: blocks cannot be cut. Make a scale a channel "
+            "of them: vllm-neuron-rmsq quantize --from-fp8"
+        )
     out_features, in_features = kernel.config.weight_shape
     expected = (out_features, in_features) if blocks else (in_features, out_features)
     if weight.shape != expected:
