@@ -106,6 +106,7 @@ def test_scales_that_are_none_are_refused(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["meta-llama/Llama-3.1-8B"], "hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B"),
         (["{bf16}/fp8", "--reference", "nothing"], "nothing: has no config.json; expected a Hugging Face"),
         (
             ["{bf16}", "--backend", "cup"],

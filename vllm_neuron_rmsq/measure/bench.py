@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_neuron_rmsq import checkpoint
+from vllm_neuron_rmsq.checkpoint.folder import require
 from vllm_neuron_rmsq.measure import results, rivals, servers
 from vllm_neuron_rmsq.measure.engine import STOCK, need_vllm
 
@@ -144,8 +145,7 @@ def compare(
 def _check(
     source: Path, sides: Sequence[str], clients: Sequence[int], prompt: int, rounds: int, tokens: int
 ) -> None:
-    if not source.exists():
-        raise ValueError(f"{source}: is not there; expected a bf16 checkpoint directory or a .gguf file")
+    require(source, "a bf16 checkpoint directory or a .gguf file")
     if PLUGIN not in sides or set(sides) - set(SIDES):
         raise ValueError(f"sides: expected {PLUGIN} and others of {', '.join(SIDES)}; got {', '.join(sides)}")
     if not clients or not all(1 <= n <= servers.AT_ONCE for n in clients):

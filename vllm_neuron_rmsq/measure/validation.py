@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_neuron_rmsq import backends, checkpoint, weights
+from vllm_neuron_rmsq.checkpoint.folder import require
 from vllm_neuron_rmsq.measure import layers as layers_of
 from vllm_neuron_rmsq.measure import results
 from vllm_neuron_rmsq.measure.engine import STOCK, Engine, Scores, need_vllm
@@ -145,8 +146,7 @@ def validate(
         ValueError: an argument is not valid, the model is not one this can read, or vLLM stopped.
     """
     need_vllm()
-    if not model.exists():
-        raise ValueError(f"{model}: is not there; expected a checkpoint directory or a .gguf file")
+    require(model)
     if reference is not None:
         _config(reference)
     if backend != "auto" and (reason := backends.unavailable(backend)):
