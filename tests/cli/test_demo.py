@@ -8,9 +8,18 @@ import sys
 import pytest
 from rich.console import Console
 
-from vllm_neuron_rmsq.cli.demo import QUESTIONS, SIDES, _answers, _layers, _speeds, demo
+from vllm_neuron_rmsq.cli.demo import (
+    ANSWER_TOKENS,
+    MAX_TOKENS,
+    QUESTIONS,
+    SIDES,
+    _answers,
+    _layers,
+    _speeds,
+    demo,
+)
 from vllm_neuron_rmsq.cli.errors import CommandError
-from vllm_neuron_rmsq.measure.engine import Engine
+from vllm_neuron_rmsq.measure.engine import STOCK, Engine
 
 
 def text(renderable) -> str:
@@ -80,6 +89,22 @@ def test_without_a_package_one_sentence_says_so(package, command, said, tmp_path
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("quantized", "environment"), [(True, {}), (True, STOCK), (False, STOCK)])
+def test_every_side_answers_rightly(quantized, environment, smollm2_bf16, smollm2_fp8, tmp_path):
+    """The plugin, and stock vLLM in FP8 and bf16: what a reader of the table judges them by."""
+    checkpoint = smollm2_fp8 if quantized else smollm2_bf16
+    side = Engine(checkpoint, tmp_path / "vllm.log", environment, max_model_len=MAX_TOKENS, max_num_seqs=3)
+    try:
+        side.ask()
+        answers = side.chat(QUESTIONS, ANSWER_TOKENS)
+    finally:
+        side.close()
+    for answer, city in zip(answers, ("Paris", "Tokyo", "Berlin"), strict=True):
+        assert city in answer
 
 
 @pytest.mark.engine

@@ -26,7 +26,7 @@ from vllm_neuron_rmsq.measure.engine import STOCK, Engine
 QUESTIONS = (
     "Complete: The capital of France is",
     "What is the capital of Japan?",
-    "What is the largest planet in our solar system?",
+    "What is the capital of Germany?",
 )
 ANSWER_TOKENS = 16
 MAX_TOKENS = 512
