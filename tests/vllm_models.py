@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,10 +126,24 @@ def write_checkpoint(
 
     Norm weights are not all ones, so that a norm left out or applied twice changes the logits.
     """
+    shutil.copytree(_bf16(config.to_json_string(use_diff=False), config), folder)
+    if not fp8:
+        return folder
+    checkpoint.convert(folder, folder / "fp8", target)
+    return folder / "fp8"
+
+
+_MADE: dict[str, Path] = {}
+
+
+def _bf16(key: str, config: PreTrainedConfig) -> Path:
+    """Make the checkpoint in bf16, once: some vLLMs change Hugging Face's classes when they load one."""
+    if key in _MADE:
+        return _MADE[key]
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(0)
-    folder.mkdir(parents=True)
-    with set_current_vllm_config(VllmConfig()):  # vLLM 0.24 changes constructors of Hugging Face's models
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -143,10 +159,8 @@ def write_checkpoint(
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(content, default=str))
-    if not fp8:
-        return folder
-    checkpoint.convert(folder, folder / "fp8", target)
-    return folder / "fp8"
+    _MADE[key] = folder
+    return folder
 
 
 class Loaded:

@@ -115,7 +115,7 @@ def test_is_fused_and_multiplies_by_the_weights_of_the_checkpoint(kind, bf16, tm
     assert_same_weight(attention.o_proj, stands_for.o_proj.weight)
     with torch.no_grad():
         logits = exact(ids[None]).logits[0]
-    assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.98
+    assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.95
 
 
 def configure(folder, **changes):
@@ -148,7 +148,7 @@ def test_fbgemm_clips_activations_as_its_checkpoint_says(bf16, tmp_path):
             torch.nn.functional.cosine_similarity(logits, model(ids[None]).logits[0]).min()
             for model in (exact, unclipped)
         )
-    assert near > 0.98 and far < 0.9
+    assert near > 0.95 and far < 0.9
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_experts_in_bf16_stay_stock_and_the_rest_of_the_model_is_fused(moe, tmp_
     ids = TOKENS.long()
     with torch.no_grad():
         logits = exact(ids[None]).logits[0]
-    assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.98
+    assert torch.nn.functional.cosine_similarity(loaded.logits().float(), logits).min() > 0.95
 
 
 def test_a_corrupt_static_scale_stops_the_start_with_the_layers_name(bf16, tmp_path):
