@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Idefics3Config,
     Idefics3Processor,
@@ -74,23 +73,3 @@ def write_idefics3(folder: Path) -> Path:
     )
     Idefics3Processor(pictures, tokenizer(), image_seq_len=1).save_pretrained(path)
     return path
-
-
-def write_moe(folder: Path) -> Path:
-    """A Qwen3-MoE of four experts, attention in FP8, experts in bf16."""
-    config = tiny_config(
-        "qwen3_moe",
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-    )
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.08)
-    model.save_pretrained(folder / "bf16")
-    checkpoint.convert(folder / "bf16", folder / "fp8", "trn2", ignore=["re:.*mlp.*"])
-    return folder / "fp8"
