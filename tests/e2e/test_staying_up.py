@@ -1,4 +1,4 @@
-"""What goes wrong around a server: clients that leave, too little KV cache, a worker that is killed.
+"""What goes wrong around a server: clients that leave, too little KV cache, a full disk, a killed worker.
 
 The plugin's server does what stock vLLM's does (the same model in bf16, plugin off), and leaves nothing.
 """
@@ -6,6 +6,7 @@ The plugin's server does what stock vLLM's does (the same model in bf16, plugin 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,32 @@ def test_out_of_kv_cache_requests_wait(sides):
     plugin, stock = map(outcome, sides)
     assert plugin == stock
     assert plugin == ([300] * 12, True), sides[0].server.text()[-6000:]
+
+
+def test_on_a_full_disk_it_serves_on(sides):
+    """No process of the server may write to a file any more, as on a full disk."""
+
+    def outcome(side: Side) -> tuple[bool, bool]:
+        main = psutil.Process(side.server.process.pid)
+        family = [process.pid for process in (main, *main.children(recursive=True))]
+        limits = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in family}
+        before = side.metric("vllm:generation_tokens_total")
+        for pid, (_, hard) in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            log = side.server.log.stat().st_size
+            answered = len(list(side.stream(20))) > 0  # a chunk may hold several tokens
+            assert side.server.log.stat().st_size == log  # it had to say that it answered
+            return answered, side.metric("vllm:generation_tokens_total") == before + 20
+        finally:
+            for pid, limit in limits.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+
+    rows = sides[0].metric("vllm:rmsq_packed_rows_total")
+    plugin, stock = map(outcome, sides)
+    assert plugin == stock == (True, True)
+    time.sleep(2)  # they are counted once a second
+    assert sides[0].metric("vllm:rmsq_packed_rows_total") > rows
 
 
 def test_a_killed_worker_ends_the_server_and_nothing_is_left(sides):
