@@ -38,6 +38,7 @@ fast: setup ## each test that starts no engine, server or other program, once: u
 	$(PYTEST) -q -m "not neuron and not slow and not engine" --once --hypothesis-profile=fast
 
 test-slow: setup ## only the long matrices, which `test` leaves out
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check ray==2.60.0
 	$(PYTEST) -m slow
 
 test-vllm: setup ## what is about vLLM, on another one: make test-vllm VERSION=0.24.0

@@ -1,6 +1,6 @@
-"""Write the table of ``docs/modes.md`` from what ``tests/e2e/test_modes.py`` has proven last::
+"""Write the table of ``docs/modes.md`` from what ``tests/e2e/test_modes*.py`` have proven last::
 
-python -m pytest -m slow tests/e2e/test_modes.py
+python -m pytest -m slow tests/e2e/test_modes*.py
 python tests/modes_page.py
 """
 
