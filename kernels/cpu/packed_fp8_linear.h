@@ -27,7 +27,7 @@ constexpr int64_t kScaledPairs = kScaledFeatures / 2;
 constexpr int64_t kPrefetchBytes = 8192;
 
 // One thread takes at most this many rows of a block at a time.
-constexpr int64_t kGroupRows = 60;
+constexpr int64_t kGroupRows = 240;
 
 struct PackedFp8Linear {
     const uint8_t* packed;  // [T, H + 4]: codes, then the row's scale, at any alignment; or [T, H] codes
@@ -36,7 +36,7 @@ struct PackedFp8Linear {
     int64_t T, H, N;
     int64_t blocks;             // ceil(N / kBlockOutputs)
     int64_t pairs;              // ceil(H / 2)
-    int64_t groups;             // ceil(T / kGroupRows)
+    int64_t groups;             // of rows, of at most kGroupRows each
     const uint8_t* weight;      // prepacked
     const float* weight_scale;  // [N], [1], or [ceil(N / 128), scale_columns]
     bool one_scale;
@@ -56,7 +56,7 @@ RMSQ_DECLARE_KERNEL(int64_t activation_row_bytes(int64_t H))
 // Convert the codes of rows [first, last) into `activations`.
 RMSQ_DECLARE_KERNEL(void expand_activations(const PackedFp8Linear& linear, int64_t first, int64_t last))
 
-// Compute items [first, last) of blocks * groups: item i is group i % groups of the rows of block i / groups.
+// Compute items [first, last) of groups * blocks: item i is block i % blocks of the rows of group i / blocks.
 //
 //     out[t, n] = round(Σ_h value(packed[t, h]) * value(weight[n, h]) * scale[t] * weight_scale[n] + bias[n])
 //

@@ -72,16 +72,17 @@ void expand_row(const uint8_t* codes, int64_t H, Unit* units) {
 
 const Staged* stage(const uint8_t* codes, int64_t, Staged*) { return codes; }
 
-// `scales` is null, or has one for each kScaledPairs.
+// `scales` is null, or has one for each kScaledPairs; `fresh`: the sums are to start at zero.
 template <int kRows>
 void tile(
-    const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums,
-    const float* scales) {
+    const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums, const float* scales,
+    bool fresh) {
     // The converter leaves outputs 0-3, 8-11, ... in one vector and 4-7, 12-15, ... in the other.
     const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
     __m512 total[kRows][2];
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < kRows && !fresh; ++r) {
         const __m512 first = _mm512_load_ps(sums + r * kBlockOutputs);
         const __m512 second = _mm512_load_ps(sums + r * kBlockOutputs + 16);
         total[r][0] = _mm512_permutex2var_ps(first, even, second);

@@ -130,16 +130,16 @@ const Staged* stage(const uint8_t* codes, int64_t pairs, Staged* buffer) {
     return buffer;
 }
 
-// `scales` is null, or has the one of the chunk.
+// `scales` is null, or has the one of the chunk; `fresh`: the sums are to start at zero.
 template <int kRows>
 void tile(
-    const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums,
-    const float* scales) {
+    const Staged* weight, int64_t pairs, const Unit* units, int64_t stride, float* sums, const float* scales,
+    bool fresh) {
     // Enough sums to keep the multipliers busy, few enough to stay in registers.
     constexpr int kVectors = kRows > 3 || kLanes == 16 ? 2 : 4;
     for (int64_t n = 0; n < kBlockOutputs; n += kVectors * kLanes) {
         Floats sum[kRows][kVectors] = {};
-        for (int r = 0; r < kRows && scales == nullptr; ++r) {
+        for (int r = 0; r < kRows && scales == nullptr && !fresh; ++r) {
             memcpy(sum[r], sums + r * kBlockOutputs + n, sizeof sum[r]);
         }
         for (int64_t p = 0; p < pairs; ++p) {
@@ -162,8 +162,8 @@ void tile(
             }
         }
         for (int r = 0; r < kRows && scales != nullptr; ++r) {
-            Floats before[kVectors];
-            memcpy(before, sums + r * kBlockOutputs + n, sizeof before);
+            Floats before[kVectors] = {};
+            if (!fresh) memcpy(before, sums + r * kBlockOutputs + n, sizeof before);
             for (int v = 0; v < kVectors; ++v) sum[r][v] = before[v] + sum[r][v] * *scales;
         }
         for (int r = 0; r < kRows; ++r) memcpy(sums + r * kBlockOutputs + n, sum[r], sizeof sum[r]);

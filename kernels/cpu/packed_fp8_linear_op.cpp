@@ -30,6 +30,20 @@ constexpr int64_t kScratchBytes = 8 << 20;
 constexpr int64_t kThreadProducts = 1 << 18;
 constexpr int64_t kThreadCodes = 1 << 20;
 
+// A group of rows is multiplied by all blocks of the weight before the next one, so its activations should
+// stay in the second-level cache: as many rows as take so many bytes, but so many that reading the weight for
+// them costs little beside multiplying it.
+constexpr int64_t kGroupBytes = 384 << 10;
+constexpr int64_t kLeastGroupRows = 60;
+// A thread should have so many items where there are rows enough: then all end at about one time.
+constexpr int64_t kThreadItems = 4;
+
+int64_t count_groups(int64_t T, int64_t blocks, int64_t row_bytes) {
+    const int64_t rows = std::clamp(kGroupBytes / row_bytes, kLeastGroupRows, rmsq::kGroupRows);
+    const int64_t wanted = ceil_div(kThreadItems * static_cast<int64_t>(rmsq::get_num_threads()), blocks);
+    return std::max(ceil_div(T, rows), std::min(wanted, ceil_div(T, kLeastGroupRows)));
+}
+
 // One layout for all kinds of scale.
 Tensor prepack_fp8_weight(const Tensor& weight, bool /*blocks*/) {
     if (scalar_type(weight) != ScalarType::Byte) raise_value_error("weight: expected dtype torch.uint8");
@@ -146,7 +160,8 @@ Tensor packed_fp8_linear(
     const Tensor scale =
         weight_scale.is_contiguous() ? weight_scale : torch::stable::contiguous(weight_scale);
     if (bias && !bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
-    const Scratch scratch(T, RMSQ_KERNEL(activation_row_bytes)(linear.H));
+    const int64_t row_bytes = RMSQ_KERNEL(activation_row_bytes)(linear.H);
+    const Scratch scratch(T, row_bytes);
     linear.packed_stride = rows.stride;
     linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
     linear.weight_scale = static_cast<const float*>(scale.data_ptr());
@@ -155,7 +170,7 @@ Tensor packed_fp8_linear(
     for (int64_t pass = 0; pass < scratch.passes; ++pass) {
         const int64_t first = T * pass / scratch.passes, last = T * (pass + 1) / scratch.passes;
         linear.T = last - first;
-        linear.groups = ceil_div(linear.T, rmsq::kGroupRows);
+        linear.groups = count_groups(linear.T, linear.blocks, row_bytes);
         linear.packed = reinterpret_cast<const uint8_t*>(rows.data) + first * rows.stride;
         linear.out =
             static_cast<char*>(out.data_ptr()) + first * N * static_cast<int64_t>(out.element_size());

@@ -76,6 +76,7 @@ def check_against_float64(out, packed, weight, weight_scale, bias=None) -> None:
         (13, 96, 129),
         (61, 40, 127),
         (150, 70, 1000),
+        (500, 40, 130),  # three groups of rows
         (3, 40, 8211),  # more than the longest stretch of H that is multiplied at a time
     ],
 )
@@ -226,7 +227,7 @@ def test_one_scale() -> None:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_same_bits_in_any_batch_on_any_threads(blocks: bool) -> None:
-    packed, weight, weight_scale = case(140, 130, 700)
+    packed, weight, weight_scale = case(500, 130, 700)
     if blocks:
         weight_scale = block_scales(130, 700)
     prepacked = prepack(weight)
@@ -236,7 +237,7 @@ def test_same_bits_in_any_batch_on_any_threads(blocks: bool) -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             assert torch.equal(prepack(weight), prepacked)
-            for batch in (1, 7, 12, 16, 61, 140):
+            for batch in (1, 7, 12, 16, 61, 250, 500):
                 parts = [
                     OP(p, prepacked, weight_scale, None, None, 130, torch.float32)
                     for p in packed.split(batch)
