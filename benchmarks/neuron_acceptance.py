@@ -340,6 +340,10 @@ def cpu_mode(out: Out = OUT) -> None:
         prompts = [[(7 * i + 3 * j) % 250 + 3 for i in range(16)] for j in range(2)]
         for ranks in RANKS:
             found: dict[str, Any] = {}
+            if not neuron:  # vLLM for CPU gives each rank a NUMA node, and fails where there are fewer
+                cores = sorted(os.sched_getaffinity(0))
+                bound = (str(cores[rank % len(cores)]) for rank in range(ranks))
+                environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(bound)
             for backend in (*BACKENDS, *(("nki",) if neuron else ())):
                 with results.check(f"cpu mode, {ranks} rank(s), backend {backend}") as details:
                     details["platform"] = "vLLM Neuron" if neuron else "vLLM for CPU: no Neuron SDK"
