@@ -1,11 +1,13 @@
-"""FP8 linear on the CPU: backend ``cpu``, stock vLLM's FP8 linear and ``F.linear`` in bf16, in one run.
+"""FP8 linear on the CPU: backend ``cpu``, stock vLLM's FP8 linear and its bf16 linear, in one run.
 
 Dimensions:
     T: rows (tokens)
     H: input features
     N: output features
 
-Each multiplies an activation that is in its own format already (packed FP8, FP8, bf16) and returns bf16.
+Each multiplies an activation that is in its own format already (packed FP8, FP8, bf16) by a weight as vLLM
+keeps it, prepacked where it does that, and returns bf16. Without AMX a product of FP8 values takes a bf16
+multiplication, so the best rate that bf16 reaches with any number of rows is what FP8 could reach, too.
 Prints a table, appends it to ``benchmarks/results/packed_fp8_linear.csv`` and draws ``.png``::
 
     python benchmarks/packed_fp8_linear.py
@@ -22,12 +24,13 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8DynamicTokenSym,
     kFp8StaticChannelSym,
 )
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from vllm_neuron_rmsq import ops, packed
 
 SHAPES = ((2048, 11264), (4096, 14336), (8192, 8192))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-LABELS = {"ours": "backend cpu (FP8)", "bf16": "F.linear (bf16)", "stock": "stock vLLM (FP8)"}
+LABELS = {"ours": "backend cpu (FP8)", "bf16": "vLLM (bf16)", "stock": "stock vLLM (FP8)"}
 
 
 def stock_linear(h: int, n: int):
@@ -42,8 +45,17 @@ def stock_linear(h: int, n: int):
         )
 
 
+def bf16_linear(weight: torch.Tensor) -> torch.nn.Module:
+    """A layer whose ``cpu_linear(x, weight, bias)`` is what vLLM multiplies an unquantized layer by."""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    return layer
+
+
 def measure(h: int, n: int) -> list[dict[str, object]]:
     weight = torch.randn(n, h, dtype=torch.bfloat16)
+    unquantized = bf16_linear(weight)
     codes, weight_scale = weight.to(torch.float8_e4m3fn), torch.rand(n) + 0.5
     prepacked = ops.prepack_fp8_weight(codes, weight_scale, backend="cpu")
     stock = stock_linear(h, n)
@@ -57,7 +69,7 @@ def measure(h: int, n: int) -> list[dict[str, object]]:
             return ops.packed_fp8_linear(x_packed, prepacked, weight_scale)
 
         def bf16() -> torch.Tensor:
-            return torch.nn.functional.linear(x, weight)
+            return unquantized.cpu_linear(x, weight, None)
 
         def stock_fp8() -> torch.Tensor:
             return stock.apply_scaled_mm(
@@ -71,12 +83,15 @@ def measure(h: int, n: int) -> list[dict[str, object]]:
             )
 
         torch.testing.assert_close(ours(), stock_fp8())
+        torch.testing.assert_close(bf16(), torch.nn.functional.linear(x, weight))
         seconds = common.take_turns({"ours": ours, "bf16": bf16, "stock": stock_fp8})
         times = {f"{side} ms": 1e3 * taken for side, taken in seconds.items()}
         ratios = {f"{side} / ours": seconds[side] / seconds["ours"] for side in ("bf16", "stock")}
         return {"T": t, "H": h, "N": n, **times, **ratios}
 
-    return [row(t) for t in ROWS]
+    rows = [row(t) for t in ROWS]
+    best = max(int(row["T"]) / float(row["bf16 ms"]) for row in rows)
+    return [row | {"share": int(row["T"]) / float(row["ours ms"]) / best} for row in rows]
 
 
 def plot(rows: list[dict[str, object]]) -> None:

@@ -24,7 +24,7 @@ from vllm_neuron_rmsq.measure.engine import STOCK, need_vllm
 
 PLUGIN, HEAD = "plugin FP8", "plugin FP8 + head"
 SIDES = (PLUGIN, HEAD, "bf16", "INT8 W8A8", "stock FP8", "llama.cpp Q8_0")
-CLIENTS = (1, 4, 16)
+CLIENTS = (1, 4, 8, 16)
 PROMPT = 900
 TOKENS = 32
 """Decoded for each client in a turn."""
