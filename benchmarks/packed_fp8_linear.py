@@ -15,6 +15,9 @@ Prints a table, appends it to ``benchmarks/results/packed_fp8_linear.csv`` and d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import common
 import matplotlib.pyplot as plt
 import torch
@@ -45,22 +48,22 @@ def stock_linear(h: int, n: int):
         )
 
 
-def bf16_linear(weight: torch.Tensor) -> torch.nn.Module:
-    """A layer whose ``cpu_linear(x, weight, bias)`` is what vLLM multiplies an unquantized layer by."""
-    layer = torch.nn.Module()
+def bf16_linear(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """What vLLM multiplies an unquantized layer by: ``linear(x, weight, bias)``."""
+    layer: Any = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-    return layer
+    return layer.cpu_linear
 
 
-def measure(h: int, n: int) -> list[dict[str, object]]:
+def measure(h: int, n: int) -> list[dict[str, float]]:
     weight = torch.randn(n, h, dtype=torch.bfloat16)
     unquantized = bf16_linear(weight)
     codes, weight_scale = weight.to(torch.float8_e4m3fn), torch.rand(n) + 0.5
     prepacked = ops.prepack_fp8_weight(codes, weight_scale, backend="cpu")
     stock = stock_linear(h, n)
 
-    def row(t: int) -> dict[str, object]:
+    def row(t: int) -> dict[str, float]:
         x = torch.randn(t, h, dtype=torch.bfloat16)
         x_codes, x_scale = x.to(torch.float8_e4m3fn), torch.rand(t, 1) + 0.5
         x_packed = packed.pack(x_codes, x_scale)
@@ -69,7 +72,7 @@ def measure(h: int, n: int) -> list[dict[str, object]]:
             return ops.packed_fp8_linear(x_packed, prepacked, weight_scale)
 
         def bf16() -> torch.Tensor:
-            return unquantized.cpu_linear(x, weight, None)
+            return unquantized(x, weight, None)
 
         def stock_fp8() -> torch.Tensor:
             return stock.apply_scaled_mm(
@@ -90,11 +93,11 @@ def measure(h: int, n: int) -> list[dict[str, object]]:
         return {"T": t, "H": h, "N": n, **times, **ratios}
 
     rows = [row(t) for t in ROWS]
-    best = max(int(row["T"]) / float(row["bf16 ms"]) for row in rows)
-    return [row | {"share": int(row["T"]) / float(row["ours ms"]) / best} for row in rows]
+    best = max(line["T"] / line["bf16 ms"] for line in rows)
+    return [line | {"share": line["T"] / line["ours ms"] / best} for line in rows]
 
 
-def plot(rows: list[dict[str, object]]) -> None:
+def plot(rows: list[dict[str, float]]) -> None:
     figure, axes = plt.subplots(1, len(SHAPES), figsize=(12, 4), sharey=True, layout="constrained")
     for axis, (h, n) in zip(axes, SHAPES, strict=True):
         shown = [row for row in rows if (row["H"], row["N"]) == (h, n)]
