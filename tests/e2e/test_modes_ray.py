@@ -16,7 +16,6 @@ from pathlib import Path
 import modes
 import pytest
 
-pytest.importorskip("ray", reason="make test-slow installs it")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PLATFORM = """
@@ -52,6 +51,7 @@ def wait_for(port: int) -> None:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
     """Two Ray nodes; this process and what it starts find them and the platform."""
+    pytest.importorskip("ray", reason="make test-slow installs it")
     folder = tmp_path_factory.mktemp("ray")
     write_platform(folder)
     with socket.socket() as probe:
