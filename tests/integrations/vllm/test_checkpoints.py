@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from vllm_models import TOKENS, Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import checkpoint, settings
+from vllm_neuron_rmsq import checkpoint
 
 pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
 
@@ -44,8 +44,6 @@ BY_DEFAULT = ("fp8 tensor", "modelopt channel", "compressed-tensors tensor stati
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch):
     monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
-    yield
-    settings.install(None)
 
 
 @pytest.fixture(scope="module")

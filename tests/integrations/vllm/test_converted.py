@@ -10,7 +10,6 @@ from checkpoints import write_model, write_tokenizer
 from transformers import AutoModelForCausalLM
 from vllm_models import TOKENS, Loaded
 
-from vllm_neuron_rmsq import settings
 from vllm_neuron_rmsq.checkpoint import convert
 
 pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
@@ -39,12 +38,6 @@ CASES = {
     "fused experts": ("granitemoe", {}, 8, 4, BOTH),
     "ignored experts": ("qwen3_moe", {"ignore": [EXPERTS]}, 8, 4, BOTH),
 }
-
-
-@pytest.fixture(autouse=True)
-def _settings():
-    yield
-    settings.install(None)
 
 
 @pytest.fixture(scope="module")

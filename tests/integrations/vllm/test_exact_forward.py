@@ -7,19 +7,11 @@ import torch
 from exact_forward import ExactForward
 from vllm_models import ARCHITECTURES, Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import settings
-
 pytestmark = pytest.mark.engine  # loads models as vLLM does
 
 FUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.pairs]
 DEFAULT = ("llama3", "gemma2")
 LENGTH = 160
-
-
-@pytest.fixture(autouse=True)
-def _settings():
-    yield
-    settings.install(None)
 
 
 @pytest.mark.parametrize(

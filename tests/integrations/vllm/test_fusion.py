@@ -13,7 +13,6 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm_models import ARCHITECTURES, Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import settings
 from vllm_neuron_rmsq.backends import BackendUnavailableError
 from vllm_neuron_rmsq.integrations.vllm import fusion, proof, schemes, versions
 from vllm_neuron_rmsq.integrations.vllm.rms_norm import RMSNormQuant
@@ -28,8 +27,6 @@ pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch):
     monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
-    yield
-    settings.install(None)
 
 
 @pytest.fixture(scope="module")

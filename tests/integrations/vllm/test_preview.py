@@ -12,7 +12,6 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm_models import Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import settings
 from vllm_neuron_rmsq.integrations.vllm import preview
 
 pytestmark = pytest.mark.engine
@@ -38,8 +37,6 @@ LONG = [pytest.param(model, True, marks=pytest.mark.slow) for model in MODELS if
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch):
     monkeypatch.setenv("VLLM_RMSQ_BACKEND", "torch")
-    yield
-    settings.install(None)
 
 
 def without_weights(report: dict) -> dict:

@@ -12,19 +12,11 @@ from safetensors.torch import load_file
 from vllm.model_executor.model_loader import ShardedStateLoader
 from vllm_models import TOKENS, Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq import settings
-
 pytestmark = pytest.mark.engine  # loads models as vLLM does
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
 BY_DEFAULT = ("compressed-tensors channel", "fp8 tensor static", "fp8 block")
 PACKED = [kind for kind in KINDS if "weight-only" not in kind and not kind.startswith("modelopt")]
-
-
-@pytest.fixture(autouse=True)
-def _settings():
-    yield
-    settings.install(None)
 
 
 @pytest.fixture(scope="module")
