@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -160,13 +161,14 @@ def _starters(
     source: Path, cache: Path, sides: Sequence[str], fp8: Path | None, say: Callable[[str], None]
 ) -> tuple[dict[str, Callable[[], servers.Server]], dict[str, str]]:
     """Make what each side serves; how to start it, and why a side is left out."""
+    name = _name(source)
     bf16 = source
     if source.is_file():
-        bf16 = cache / f"{source.stem}-bf16"
+        bf16 = cache / f"{name}-bf16"
         say(f"unpacking {source.name}")
         _once(bf16, lambda out: checkpoint.unpack_gguf(source, out))
     if fp8 is None:
-        fp8 = cache / f"{source.stem}-fp8"
+        fp8 = cache / f"{name}-fp8"
         say("making the FP8 checkpoint")
         _once(fp8, lambda out: checkpoint.convert(bf16, out))
     config = json.loads((bf16 / "config.json").read_text())
@@ -179,15 +181,15 @@ def _starters(
     left_out: dict[str, str] = {}
     if HEAD in sides:
         say("making the FP8 checkpoint with its output projection")
-        folder = cache / f"{source.stem}-fp8-head"
+        folder = cache / f"{name}-fp8-head"
         _once(folder, lambda out: checkpoint.convert(bf16, out, lm_head=True))
         served[HEAD] = folder, {"VLLM_RMSQ_BACKEND": "auto"}
     if "INT8 W8A8" in sides:
         say("making the INT8 checkpoint")
-        folder = cache / f"{source.stem}-int8"
+        folder = cache / f"{name}-int8"
         _once(folder, lambda out: rivals.int8(bf16, fp8, out))
         served["INT8 W8A8"] = folder, STOCK
-    gguf = cache / f"{source.stem}-q8_0.gguf"
+    gguf = cache / f"{name}-q8_0.gguf"
     if "llama.cpp Q8_0" in sides:
         reason = rivals.gguf_unavailable(bf16)
         if reason:
@@ -197,12 +199,20 @@ def _starters(
             _once(gguf, lambda out: rivals.gguf_q8(bf16, out))
     starters: dict[str, Callable[[], servers.Server]] = {}
     for side in sides:
-        log = cache / f"bench-{source.stem}-{side.replace(' ', '-')}.log"
+        log = cache / f"bench-{name}-{side.replace(' ', '-')}.log"
         if side in served:
             starters[side] = _starter(*served[side], log, vocabulary)
         elif side not in left_out:
             starters[side] = lambda log=log: servers.llama_cpp(gguf, log, vocabulary)  # type: ignore[misc]
     return starters, left_out
+
+
+def _name(source: Path) -> str:
+    """A name for what is made of a model, in which no other model and no other state of it is found."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    digest = hashlib.sha256(repr((source.resolve(), state)).encode()).hexdigest()
+    return f"{source.name.removesuffix('.gguf')}-{digest[:8]}"
 
 
 def _starter(

@@ -273,6 +273,18 @@ def test_a_corrupt_static_scale_stops_the_start_with_the_layers_name(bf16, tmp_p
         Loaded(folder)
 
 
+@pytest.mark.parametrize("weights", ["channel", "tensor", "channel weight-only"])
+def test_a_scale_that_is_not_there_stops_the_start_with_the_layers_name(bf16, tmp_path, weights):
+    """A layer in bf16 that ``ignore`` does not name, as a router can be."""
+    folder = fp8_kinds.write(bf16, tmp_path / "fp8", f"compressed-tensors {weights}")
+    tensors = fp8_kinds.load(folder)
+    del tensors["model.layers.1.mlp.gate_proj.weight_scale"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = r"^model\.layers\.1\.mlp\.gate_up_proj: weight_scale: the checkpoint has none .* `ignore`"
+    with pytest.raises(ValueError, match=message):
+        Loaded(folder)
+
+
 def test_each_stock_layer_has_its_reason(bf16, tmp_path):
     """Some layers in bf16, as ``ignore`` of a published checkpoint has them."""
     kept = ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.1.mlp.down_proj")

@@ -117,6 +117,7 @@ class PackedFp8LinearKernel(FP8ScaledMMLinearKernel):
         if codes.is_meta:  # a model without its weights: there is nothing to look at
             scale = scale.to(codes.device)
         else:
+            _check_loaded(scale_name, scale)
             codes, scale, layer.rmsq_halved = weights.fit(codes, scale, self.target)  # type: ignore[assignment]
         prepacked = ops.prepack_fp8_weight(codes, scale, self.backend)
         replace_parameter(layer, weight_name, torch.nn.Parameter(prepacked.data, requires_grad=False))
@@ -203,6 +204,7 @@ class WeightOnlyFp8LinearKernel(FP8ScaledMMLinearKernel):
         if codes.is_meta:  # a model without its weights
             weight = torch.empty_like(codes, dtype=self.config.out_dtype)
         else:
+            _check_loaded(self.layer_param_names[1], scale)
             codes, scale, _ = weights.fit(codes, scale, target.get("trn3"))  # no code is beyond its range
             weight = weights.dequantize(codes, scale, self.config.out_dtype)
         replace_parameter(layer, self.layer_param_names[0], torch.nn.Parameter(weight, requires_grad=False))
@@ -249,6 +251,16 @@ def _codes_and_scale(
         raise ValueError(f"weight: expected shape {list(expected)} after loading, got {list(weight.shape)}")
     codes = (weight if blocks else weight.t()).contiguous().view(torch.uint8)
     return codes, scale.float() if blocks else scale.float().reshape(-1)
+
+
+def _check_loaded(name: str, scale: torch.Tensor) -> None:
+    """Raise ValueError where the checkpoint had no scale for some of a weight."""
+    if (scale == UNLOADED).any():
+        raise ValueError(
+            f"{name}: the checkpoint has none for this layer, or for part of it, though its config.json says "
+            "that the layer is FP8; if it is not, name it there among those not quantized (`ignore`, "
+            "`modules_to_not_convert`, `exclude` or `exclude_modules`, by who wrote the checkpoint)"
+        )
 
 
 def _read_by_vllm(layer: torch.nn.Module) -> bool:
