@@ -63,7 +63,7 @@ bench: setup ## every benchmark (half an hour of an idle machine), then the READ
 	.venv/bin/python benchmarks/end_to_end.py
 	.venv/bin/python benchmarks/readme_tables.py
 
-docs: setup ## the documentation as a site: .cache/site/README.html
+docs: setup ## the documentation as a site: .cache/site/index.html
 	.venv/bin/python docs/stage.py .cache/docs
 	.venv/bin/mkdocs build --quiet
 

@@ -37,30 +37,33 @@ def end_to_end() -> str:
     sides = [column.removesuffix(" tok/s") for column in columns if column.endswith(" tok/s")]
     sides.sort(key=lambda side: side not in OURS)
     table = [f"| tokens/s | | {' | '.join(sides)} |", f"| --- | --- | {' | '.join(['--:'] * len(sides))} |"]
-    faster = []
-    model = ""
-    for line in shown:
-        name = "" if line["model"] == model else NAMES.get(line["model"], line["model"])
-        model = line["model"]
-        speeds = {side: float(line[f"{side} tok/s"]) for side in sides if line[f"{side} tok/s"]}
-        best = max(speeds, key=speeds.__getitem__)
-        if best not in OURS:
-            ours = max(speeds[side] for side in OURS if side in speeds)
-            faster.append(f"{model}, {line['work']}: {best}, {speeds[best] / ours:.2f} times the plugin")
-        cells = (line[f"{side} tok/s"] for side in sides)
-        cells = (f"**{c}**" if side == best else c for side, c in zip(sides, cells, strict=True))
-        table.append(f"| {name} | {line['work']} | {' | '.join(cells)} |")
+    faster: dict[str, list[str]] = {}
+    for model in last:
+        of_model = [line for line in shown if line["model"] == model]
+        name = NAMES.get(model, model)
+        for line in of_model:
+            speeds = {side: float(line[f"{side} tok/s"]) for side in sides if line[f"{side} tok/s"]}
+            best = max(speeds, key=speeds.__getitem__)
+            if best not in OURS:
+                ours = max(speeds[side] for side in OURS if side in speeds)
+                faster.setdefault(best, []).append(
+                    f"{model}, {line['work']}: {speeds[best] / ours:.2f} times the plugin"
+                )
+            cells = (line[f"{side} tok/s"] for side in sides)
+            cells = (f"**{c}**" if side == best else c for side, c in zip(sides, cells, strict=True))
+            table.append(f"| {name} | {_unbroken(line['work'])} | {' | '.join(cells)} |")
+            name = ""
+        sizes = (_gigabytes(of_model[0].get(f"{side} MB", "")) for side in sides)
+        table.append(f"| | {_unbroken('memory, GB')} | {' | '.join(sizes)} |")
     table += [
         "",
         *dict.fromkeys(f"{_when([line])}, {line['machine']}, {line['versions']}." for line in shown),
+        "Memory is what the largest process of a server has resident.",
     ]
-    for model in last:
-        sizes = next(line for line in shown if line["model"] == model)
-        given = [f"{side} {_gigabytes(sizes[f'{side} MB'])}" for side in sides if sizes.get(f"{side} MB")]
-        if given:
-            table.append(f"Resident memory, {NAMES.get(model, model)}: {', '.join(given)}.")
     if faster:
-        table.append(f"Take another where that is faster: {'; '.join(faster)}.")
+        table += ["", "Take another where that is faster:", ""]
+        table += [f"- {side}: {'; '.join(works)}." for side, works in faster.items()]
+        table.append("")
     return "\n".join(table)
 
 
@@ -150,7 +153,11 @@ def _range(values: Iterable[float], form: str) -> str:
 
 
 def _gigabytes(megabytes: str) -> str:
-    return f"{float(megabytes) / 1000:.2f} GB"
+    return f"{float(megabytes) / 1000:.2f}" if megabytes else ""
+
+
+def _unbroken(words: str) -> str:
+    return words.replace(" ", "&nbsp;")
 
 
 def written(text: str) -> str:

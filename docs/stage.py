@@ -5,6 +5,8 @@ the same places: every page, and every file that a page links to or shows. A lin
 text: a site has no page for it::
 
     python docs/stage.py OUT
+
+MkDocs reads this file too, for what it is to do with a page's HTML.
 """
 
 from __future__ import annotations
@@ -15,8 +17,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "docs/**/*.md", "patches/*.md", "examples/*.md")
+PAGES = ("*.md", "docs/**/*.md", "docs/*.css", "patches/*.md", "examples/*.md")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+LIST = re.compile(r"^([^\s*|>#<-].*)\n(?=(?:[-*]|1\.) )", re.MULTILINE)
+"""A paragraph that a list follows at once, which is a list to GitHub only."""
+ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):(<code>)~?")
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Take from the names in docstrings, ``:mod:`packed```, what only Sphinx reads. Called by MkDocs."""
+    return ROLE.sub(r"\1", html)
 
 
 def stage(out: Path) -> None:
@@ -33,7 +43,7 @@ def stage(out: Path) -> None:
 
 
 def _with_files(page: Path, out: Path) -> str:
-    """The text of a page, whose linked files are copied too."""
+    """The text of a page as MkDocs reads it; the files that it links to are copied, too."""
 
     def link(match: re.Match[str]) -> str:
         text, target = match[2], match[3]
@@ -49,7 +59,9 @@ def _with_files(page: Path, out: Path) -> str:
         return match[0]
 
     parts = re.split(r"(^```.*?^```$)", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
+    return "".join(
+        part if part.startswith("```") else LIST.sub(r"\1\n\n", LINK.sub(link, part)) for part in parts
+    )
 
 
 if __name__ == "__main__":

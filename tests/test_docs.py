@@ -41,6 +41,10 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     api = (tmp_path / "site/docs/api.html").read_text()
     for name in ("rms_norm_quant", "packed_fp8_linear", "dequantize", "convert", "validate", "simulate"):
         assert name in re.findall(r'<h3 id="[^"]*?(\w+)"', api), name
+    for page in (tmp_path / "site").rglob("*.html"):
+        html = page.read_text()
+        assert not re.search(r"<p>[^<]*\n- ", html), f"{page}: a list in a paragraph"
+        assert not re.search(r":[a-z]+:<code>", html), f"{page}: a role of Sphinx"
 
 
 def test_troubleshooting_quotes_real_messages():
