@@ -27,6 +27,8 @@ LM_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 EMBEDDING = re.compile(r"(^|\.)embed_tokens\.weight$")
 FUSED_EXPERTS = re.compile(r"(\blayers\.\d+\..*\b(experts|block_sparse_moe))\.[^.]+(\.weight)?$")
 """Names of experts in one tensor of three dimensions. The first group is where vLLM has them."""
+EXPERTS = re.compile(r"(?P<experts>\blayers\.\d+\..*\bexperts)\.\d+\.")
+"""Names of linears of one expert each."""
 TOWER = re.compile(r"^((model|language_model)\.)*+(?!layers\.)(?P<tower>\w+)\.")
 """Names of what is beside the decoder's layers: ``visual.blocks.0.mlp``, ``model.connector.proj``, ..."""
 
@@ -408,10 +410,13 @@ def _ignore(plan: Plan, with_head: bool) -> list[str]:
     """Return ``ignore``: what must not be taken for quantized, by its name in the checkpoint.
 
     vLLM translates these names to its own, but not regular expressions. transformers translates neither, so a
-    tower of which nothing is quantized is also named as a whole, whatever it calls what the tower is in.
+    tower of which nothing is quantized is also named as a whole, whatever it calls what the tower is in. So
+    are a layer's experts: vLLM before 0.32 looks for ``experts.0.gate_proj``, whatever they are called.
     """
-    towers = [f"re:.*\\b{match['tower']}\\..*" for module in plan.left if (match := TOWER.match(module))]
-    whole = [one for one in towers if not any(_matches(module, one) for module in plan.quantized)]
+    groups = [match["tower"] for module in plan.left if (match := TOWER.match(module))]
+    groups += [re.escape(match["experts"]) for module in plan.left if (match := EXPERTS.search(module))]
+    patterns = [rf"re:.*\b{group}\..*" for group in dict.fromkeys(groups)]
+    whole = [one for one in patterns if not any(_matches(module, one) for module in plan.quantized)]
     return list(dict.fromkeys(([] if with_head else ["lm_head"]) + plan.ignore + whole))
 
 

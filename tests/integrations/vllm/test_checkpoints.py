@@ -8,8 +8,10 @@ import fp8_kinds
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm import _custom_ops
 from vllm_models import TOKENS, Loaded, tiny_config, write_checkpoint
 
+import vllm_neuron_rmsq
 from vllm_neuron_rmsq import checkpoint
 
 pytestmark = pytest.mark.engine  # each test loads a model as vLLM does
@@ -185,6 +187,17 @@ def test_a_bf16_checkpoint_quantized_online_is_fused(method, scheme, bf16):
     weight = fp8_kinds.load(bf16)["model.layers.0.self_attn.o_proj.weight"].float()
     got = weight_of(loaded.model.model.layers[0].self_attn.o_proj)
     assert (got - weight).abs().max() <= 2**-4 * weight.abs().max()
+
+
+def test_each_row_of_a_weight_is_quantized_by_its_own_scale():
+    """As vLLM 0.24 asks for it under ``fp8_per_channel``; its CPU build has no operator for that."""
+    vllm_neuron_rmsq.register()
+    weight = torch.randn(8, 32) * torch.logspace(-3, 3, 8)[:, None]
+    weight[3] = 0
+    codes, scale = _custom_ops.scaled_fp8_quant(weight, scale=None, use_per_token_if_dynamic=True)
+    assert codes.dtype == torch.float8_e4m3fn and (scale.shape, scale.dtype) == ((8, 1), torch.float32)
+    torch.testing.assert_close(codes.float(), weight / scale, rtol=2**-4, atol=2**-10)
+    assert (codes.float().abs().amax(1) == torch.tensor([448.0] * 3 + [0.0] + [448.0] * 4)).all()
 
 
 def test_a_checkpoint_whose_shards_are_fused_has_one_scale(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm_models import Loaded, tiny_config, write_checkpoint
 
-from vllm_neuron_rmsq.integrations.vllm import preview
+from vllm_neuron_rmsq.integrations.vllm import preview, versions
 
 pytestmark = pytest.mark.engine
 
@@ -50,6 +50,8 @@ def without_weights(report: dict) -> dict:
 def test_it_is_the_report_of_the_served_model(model, fp8, tmp_path):
     if model == "qwen3_moe" and not hasattr(cpu_moe, "CPUUnquantizedExperts"):
         pytest.skip("no CPUUnquantizedExperts in this vLLM: its experts' forward is made of their numbers")
+    if model == "smollm3" and versions.version() < (0, 28):
+        pytest.skip("this vLLM's Transformers backend makes all parameters anew in a model without weights")
     checkpoint = write_checkpoint(tiny_config(model, **MODELS[model]), tmp_path / "model", fp8=fp8)
     served = Loaded(checkpoint).report
     bare = tmp_path / "bare"

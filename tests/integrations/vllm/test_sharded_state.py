@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from vllm.model_executor.model_loader import ShardedStateLoader
 from vllm_models import TOKENS, Loaded, tiny_config, write_checkpoint
 
+from vllm_neuron_rmsq.integrations.vllm import versions
+
 pytestmark = pytest.mark.engine  # loads models as vLLM does
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -54,6 +56,8 @@ def test_what_is_loaded_again_gives_the_same_bits(kind, bf16, tmp_path):
 
 def test_a_weight_that_vllm_drops_is_missed(bf16, tmp_path):
     """ModelOpt's lm_head is a bf16 linear, whose weight vLLM's CPU build gives to oneDNN and drops."""
+    if versions.version() < (0, 28):
+        pytest.skip("this vLLM cannot load ModelOpt's checkpoints of models with tied embeddings")
     kind = "modelopt channel"
     checkpoint = fp8_kinds.write(bf16, tmp_path / "fp8", kind, calibration=[TOKENS.long()])
     saved = save(load(kind, checkpoint), checkpoint, tmp_path / "saved")
