@@ -189,13 +189,10 @@ def _copy(source: Path, out: Path) -> None:
 
 
 def _job(source: Path, recipe: plan.Recipe, text: str | None) -> dict[str, Any]:
-    """Return what tells this job from others: arguments, and size and time of every file of the source."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    stats = {path.name: path.stat() for path in files if path.is_file()}
+    """Return what tells this job from others: the source and the arguments."""
     return {
         "version": __version__,
-        "source": str(source.resolve()),
-        "files": {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()},
+        **folder.identity(source),
         "recipe": {name: str(value) for name, value in vars(recipe).items()},
         "calibration": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
     }

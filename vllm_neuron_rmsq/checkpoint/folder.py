@@ -141,6 +141,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def identity(source: Path) -> dict[str, Any]:
+    """Return what tells a checkpoint, or a file, from others: its place, and size and time of every file."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    stats = {path.name: path.stat() for path in files if path.is_file()}
+    return {
+        "source": str(source.resolve()),
+        "files": {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()},
+    }
+
+
 def others(source: Path) -> list[Path]:
     """Return the files to keep beside the weights, as paths within ``source``: tokenizer, licence, code, ...
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_neuron_rmsq import checkpoint
-from vllm_neuron_rmsq.checkpoint.folder import require
+from vllm_neuron_rmsq.checkpoint.folder import identity, require
 from vllm_neuron_rmsq.measure import results, rivals, servers
 from vllm_neuron_rmsq.measure.engine import STOCK, need_vllm
 
@@ -209,9 +209,7 @@ def _starters(
 
 def _name(source: Path) -> str:
     """A name for what is made of a model, in which no other model and no other state of it is found."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    digest = hashlib.sha256(repr((source.resolve(), state)).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(identity(source)).encode()).hexdigest()
     return f"{source.name.removesuffix('.gguf')}-{digest[:8]}"
 
 
