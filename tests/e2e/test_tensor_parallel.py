@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+import modes
 import pytest
 import torch
 from vllm_models import tiny_config, write_checkpoint
@@ -45,8 +44,7 @@ def checkpoint(tmp_path):
 def test_two_ranks_give_what_one_gives(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send _report
     one_line, one = run(checkpoint, 1)
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")  # one core a rank
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", modes.one_core_a_rank())
     two_lines, two = run(checkpoint, 2)
     assert two_lines == 2 * one_line
     assert "4 of 5 RMSNorm layers fused" in one_line[0]

@@ -40,8 +40,6 @@ N, H = 48, 96
 @pytest.fixture(autouse=True)
 def _settings():
     settings.install(settings.Settings(backend="torch"))
-    yield
-    settings.install(None)
 
 
 def config(activation=kFp8DynamicTokenSym, weight=kFp8StaticChannelSym):
